@@ -1,0 +1,36 @@
+# Everything here works on a fresh Debian 12 or 13 machine, as root or with sudo; the first run installs what it needs.
+.DEFAULT_GOAL := help
+PYTHON := .venv/bin/python
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z][a-zA-Z%-]*:.*## / { sub("%", "NAME"); printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: bootstrap ## build a server, deploy the example application to it, print its URL
+	@$(PYTHON) tools/demo.py
+
+test: bootstrap ## lint, unit and every scenario; closes with one line that counts them all
+	@$(PYTHON) tools/testrun.py all
+
+lint: bootstrap ## ansible-lint, yamllint, ruff, mypy, and no trace of this machine
+	@$(PYTHON) tools/testrun.py lint
+
+unit: bootstrap ## fast tests without hosts
+	@$(PYTHON) tools/testrun.py unit
+
+scenario-%: bootstrap ## one Molecule scenario whole: make scenario-default
+	@$(PYTHON) tools/testrun.py scenario $*
+
+lock: bootstrap ## lock the newest versions that requirements/tools.in allows
+	@UV_CONFIG_FILE=.venv/uv.toml .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-annotate --no-header requirements/tools.in --output-file requirements/tools.txt
+
+clean: ## remove the demo and every other test host
+	@[ ! -x $(PYTHON) ] || $(PYTHON) tools/hosts.py clean
+
+distclean: clean ## clean, and what was installed and kept in this folder
+	rm -rf .venv .run
+
+bootstrap:
+	@tools/bootstrap
+
+.PHONY: help demo test lint unit lock clean distclean bootstrap

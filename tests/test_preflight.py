@@ -1,0 +1,364 @@
+"""What the role refuses before anything changes on a host: each rule by a wrong input, and its exact message.
+
+The rules are those of the task in tasks/preflight.yml, evaluated by Ansible's own Templar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+import pytest
+from templating import OPTION_PREFIX, evaluate, load, plain, variables
+
+RULES = next(task for task in load("tasks/preflight.yml") if "__uwsgi_sqlalchemy_rules" in task.get("vars", {}))
+SHA256 = hashlib.sha256(b"content").hexdigest()
+OTHER = "0" * 64
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where ansible-playbook was called: a folder with an application and an archive."""
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop.tar.gz").write_bytes(b"content")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def looked_for(source: dict[str, Any]) -> dict[str, Any]:
+    """Return what the task before the rules registers of a source: a stat on the controller, or that it was skipped."""
+    path = Path(source.get("directory", source.get("archive", "")))
+    if not {"directory", "archive"} & source.keys() or str(source.get("archive")).startswith("http"):
+        return {"changed": False, "skipped": True}
+    if not path.exists():
+        return {"stat": {"exists": False}}
+    sum_of = {"checksum": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
+    return {"stat": {"exists": True, "isdir": path.is_dir(), **sum_of}}
+
+
+def values(**given: Any) -> dict[str, Any]:
+    """Return the variables that the rules see; `facts` are the host's."""
+    given = {"source": {"directory": "shop"}, **given}
+    facts = {"distribution": "Debian", "distribution_major_version": "13", **given.pop("facts", {})}
+    registered: Any = {
+        "__uwsgi_sqlalchemy_local_stat": looked_for(given["source"]),
+        "__uwsgi_sqlalchemy_somaxconn": {"content": b64encode(b"4096\n").decode()},
+    }
+    return {**variables(**given, **registered), "ansible_facts": facts, **RULES["vars"]}
+
+
+def problems(**given: Any) -> list[str]:
+    """Return what the role says of its variables."""
+    return str(evaluate(RULES["ansible.builtin.assert"]["fail_msg"], values(**given))).splitlines()
+
+
+GOOD: dict[str, dict[str, Any]] = {
+    "the defaults": {},
+    "Debian 12": {"facts": {"distribution_major_version": "12"}},
+    "the longest name": {"app": "a" * 26},
+    "a name with hyphens and digits": {"app": "shop-2-a"},
+    "what a directory leaves out": {"source": {"directory": "shop", "exclude": ["docs"]}},
+    "an archive": {"source": {"archive": "shop.tar.gz"}},
+    "an archive with its checksum": {"source": {"archive": "shop.tar.gz", "sha256": SHA256, "strip_components": 1}},
+    "a URL with its checksum": {"source": {"archive": "https://example.org/a.zip", "sha256": OTHER}},
+    "a repository": {"source": {"git": "https://example.org/shop.git", "version": "v1", "exclude": ["docs"]}},
+    "a package": {"source": {"package": "shop==1.0"}},
+    "a package with extras": {"source": {"package": "shop.web[oracle,mysql] == 1.0.post1+local"}},
+    "a module in packages": {"module": "shop.web.wsgi:app"},
+    "a factory": {"module": "shop:create_app()"},
+    "a folder of the source": {"pythonpath": "src/a..b", "requirements": "requirements/prod.txt"},
+    "static folders": {"static": {"/static": "shop/static", "/a/b-1.0": "./c/"}},
+    "another interpreter with pyuwsgi": {"python": "/usr/bin/python3.12", "uwsgi": "pyuwsgi"},
+    "environment": {
+        "environment": {"A": "x\ty\nz", "_B1": 1, "C": True, "D": "", "E": 0.5},
+        "database_url": "sqlite://",
+    },
+    "the URL in the environment": {"environment": {"DATABASE_URL": "x"}},
+    "a dialect with underscores": {"database_url": "ibm_db_sa+pyodbc400://db/x"},
+    "the least numbers": {
+        **dict.fromkeys(["processes", "threads", "harakiri", "listen_queue", "buffer_size", "health_timeout"], 1),
+        **dict.fromkeys(["max_requests", "max_worker_lifetime", "reload_on_rss", "post_buffering"], 0),
+        "keep_releases": 2,
+    },
+    "numbers as texts": {"processes": "4", "keep_releases": "2", "listen_queue": "4096", "max_worker_lifetime": "61"},
+    "the largest numbers": {"listen_queue": 4096, "buffer_size": 65535},
+    "options": {"uwsgi_options": [{"route": "a b"}, {"route": "c"}, {"log-slow": 2000, "thunder-lock": True}]},
+    "lines": {"nginx_options": ["gzip on;"], "service_options": ["MemoryMax=2G"]},
+    "writable paths": {"writable_paths": ["/srv/media", "-/srv/perhaps", "+/x"]},
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.usefixtures("place")
+def test_good_input_is_accepted(name: str) -> None:
+    assert problems(**GOOD[name]) == []
+
+
+@pytest.mark.parametrize(("given", "holds"), [({}, True), ({"processes": 0}, False)])
+@pytest.mark.usefixtures("place")
+def test_the_play_stops_when_there_is_a_problem(given: dict[str, Any], holds: bool) -> None:
+    assert evaluate("{{ " + RULES["ansible.builtin.assert"]["that"] + " }}", values(**given)) is holds
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "uwsgi_options": {"uwsgi_options": [{"log-slow": 1}, {"route": "a\nuid = root"}]},
+    "pythonpath": {"pythonpath": "src\nuid = root"},
+    "client_max_body_size": {"client_max_body_size": "1m;\n"},
+    "writable_paths": {"writable_paths": ["/a", "/x\ny"]},
+}
+BROKEN |= {
+    name: {name: ["a", "x\ny"]}
+    for name in ("server_names", "listen", "nginx_options", "address_families", "system_calls", "service_options")
+}
+
+# The message ends in its cure. `…` stands for the name of the variable.
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "another system": (
+        {"facts": {"distribution": "Ubuntu", "distribution_major_version": "24"}},
+        "web1 runs Ubuntu 24; the role knows Debian 12 and Debian 13.",
+    ),
+    "a newer Debian": (
+        {"facts": {"distribution_major_version": "14"}},
+        "web1 runs Debian 14; the role knows Debian 12 and Debian 13.",
+    ),
+    **{
+        f"the app's name {name!r}": (
+            {"app": name},
+            f"…app is '{name}': use 1 to 26 lower case letters, digits and hyphens, beginning with a letter "
+            "(and neither core nor emperor, which are Debian's).",
+        )
+        for name in ("", "Shop", "1shop", "my_shop", "shop.x", "a" * 27, "core", "emperor", "../shop", "-a")
+    },
+    "no source": (
+        {"source": {}},
+        "…source has no source: give exactly one of directory, archive, git and package.",
+    ),
+    "two sources": (
+        {"source": {"directory": "shop", "package": "shop==1"}},
+        "…source has directory and package: give exactly one of directory, archive, git and package.",
+    ),
+    "a version of a directory": (
+        {"source": {"directory": "shop", "version": "v1"}},
+        "…source has version, which directory does not use: sha256 and strip_components belong to archive, version "
+        "to git, exclude to directory and git. Remove it.",
+    ),
+    "a checksum of a package": (
+        {"source": {"package": "shop==1", "sha256": OTHER, "exclude": ["docs"]}},
+        "…source has exclude and sha256, which package does not use: sha256 and strip_components belong to archive, "
+        "version to git, exclude to directory and git. Remove it.",
+    ),
+    "a directory that is not there": (
+        {"source": {"directory": "shpo"}},
+        "…source names shpo, which does not exist on the controller. Relative paths start where ansible-playbook was "
+        "called.",
+    ),
+    "an archive that is not there": (
+        {"source": {"archive": "shpo.tar.gz", "sha256": OTHER}},
+        "…source names shpo.tar.gz, which does not exist on the controller. Relative paths start where "
+        "ansible-playbook was called.",
+    ),
+    "a file as a directory": (
+        {"source": {"directory": "shop.tar.gz"}},
+        "…source.directory is shop.tar.gz, which is a file. Give the folder that holds the application, or name an "
+        "archive as …source.archive.",
+    ),
+    "a folder as an archive": (
+        {"source": {"archive": "shop"}},
+        "…source.archive is shop, which is a folder. Give it as …source.directory.",
+    ),
+    "a URL without its checksum": (
+        {"source": {"archive": "https://example.org/shop.tar.gz"}},
+        "…source.archive is a URL; give …source.sha256 too, so that the download can be checked.",
+    ),
+    **{
+        f"the checksum {name}": (
+            {"source": {"archive": "https://example.org/shop.tar.gz", "sha256": sha256}},
+            "…source.sha256 is not 64 lower case hexadecimal digits, as sha256sum prints them.",
+        )
+        for name, sha256 in {
+            "too short": "0" * 63,
+            "in capitals": "A" * 64,
+            "with a line break": "0" * 64 + "\n",
+        }.items()
+    },
+    "another checksum": (
+        {"source": {"archive": "shop.tar.gz", "sha256": OTHER}},
+        f"…source.sha256 is {OTHER}, but shop.tar.gz has {SHA256}. Correct the one or the other.",
+    ),
+    "a repository without a version": (
+        {"source": {"git": "https://example.org/shop.git"}},
+        "…source.git needs …source.version, a tag, branch or commit.",
+    ),
+    **{
+        f"the package {package!r}": (
+            {"source": {"package": package}},
+            f"…source.package is '{package}': name an exact version (name==1.2.3), so that the same release means the "
+            "same code.",
+        )
+        for package in ("shop", "shop>=1", "shop==1.*", "shop==1,<2", "shop @ https://example.org/a.whl", "-r a==1", "")
+    },
+    **{
+        f"the module {module!r}": (
+            {"module": module},
+            f"…module is '{module}'; write it as module:callable, for example wsgi:application.",
+        )
+        for module in (
+            "",
+            "wsgi",
+            "wsgi:",
+            ":app",
+            "wsgi.py:app:x",
+            "shop/wsgi:app",
+            "shop..a:app",
+            "shop.:app",
+            "a:b.c",
+            "a b:c",
+        )
+    },
+    **{
+        f"outside the source with {name}": (
+            {name: value},
+            "…pythonpath, …requirements and the folders of …static lie inside the source: give them relative to its "
+            "top, without '..'.",
+        )
+        for name, value in {"pythonpath": "/srv", "requirements": "a/../../b.txt", "static": {"/a": ".."}}.items()
+    },
+    **{
+        f"the static files {static}": (
+            {"static": static},
+            f"…static is {static}: begin a prefix with a slash and end it without one, and give it a folder below the "
+            "top of the source, as in /static with myapp/static.",
+        )
+        for static in (
+            {"static": "a"},
+            {"/": "a"},
+            {"/a/": "b"},
+            {"/a b": "c"},
+            {"/a": ""},
+            {"/a": "."},
+            {"/a": "b; c"},
+        )
+    },
+    "another interpreter with Debian's uWSGI": (
+        {"python": "/usr/bin/python3.12"},
+        "…python is /usr/bin/python3.12, but Debian's uWSGI embeds /usr/bin/python3. Set …uwsgi to pyuwsgi to use "
+        "another interpreter.",
+    ),
+    "names of no environment variables": (
+        {"environment": {"A-B": "1", "C": "2", "2D": "3"}},
+        "…environment has A-B and 2D: use letters, digits and underscores for the names of environment variables.",
+    ),
+    "values of no environment variables": (
+        {"environment": {"A": None, "B": ["secret"], "C": "x", "D": "secret\r\nvalue"}},
+        "…environment has a value of A and B and D that is no text or number, or has control characters (a carriage "
+        "return?), for which systemd would leave it out. Give a text without them.",
+    ),
+    "two database URLs": (
+        {"environment": {"DATABASE_URL": "sqlite://"}, "database_url": "sqlite://"},
+        "DATABASE_URL is given twice; remove it from …environment or leave …database_url empty.",
+    ),
+    **{
+        f"the database URL {url!r}": (
+            {"database_url": url},
+            "…database_url is not a SQLAlchemy URL such as postgresql+psycopg://user:password@host/name.",
+        )
+        for url in ("db.example.org/shop", "user:secret@db/shop", " sqlite://", "jdbc:oracle:thin:@db")
+    },
+    **{
+        f"{number} for {name}": ({name: number}, f"…{name} is {number}; it must be {least} or more.")
+        for least, names in {
+            0: ["max_requests", "reload_on_rss", "post_buffering"],
+            1: ["processes", "threads", "harakiri", "listen_queue", "buffer_size", "health_timeout"],
+            2: ["keep_releases"],
+        }.items()
+        for name in names
+        for number in [least - 1]
+    },
+    "a number as a text": ({"processes": "0"}, "…processes is 0; it must be 1 or more."),
+    "two small numbers": (
+        {"processes": 0, "keep_releases": 0},
+        "…processes is 0; it must be 1 or more. …keep_releases is 0; it must be 2 or more.",
+    ),
+    "no number": ({"processes": "many"}, "…processes is many; it must be 1 or more."),
+    "a queue above the host's limit": (
+        {"listen_queue": 4097},
+        "…listen_queue is 4097, but web1 lets at most 4096 connections wait. Lower it, or raise net.core.somaxconn "
+        "there.",
+    ),
+    "a buffer above the protocol's limit": (
+        {"buffer_size": 65536},
+        "…buffer_size is 65536; the uwsgi protocol carries at most 65535 bytes of headers.",
+    ),
+    "a short life": (
+        {"max_worker_lifetime": 60},
+        "…max_worker_lifetime is 60; it must exceed uWSGI's min-worker-lifetime, 60 seconds, or be 0.",
+    ),
+    "a health path that is none": (
+        {"health_path": "healthz"},
+        "…health_path is 'healthz'; it is a path and begins with a slash.",
+    ),
+    "relative writable paths": (
+        {"writable_paths": ["/a", "media", "./x"]},
+        "…writable_paths has media and ./x; give absolute paths.",
+    ),
+    **{
+        f"the option {name}": (
+            {"uwsgi_options": [{"log-slow": 1}, {name: True}]},
+            f"…uwsgi_options sets what the role keeps to itself: {name} ({reason}). Remove it.",
+        )
+        for name, reason in plain("vars/main.yml")["__uwsgi_sqlalchemy_refused_options"].items()
+    },
+    "two refused options": (
+        {"uwsgi_options": [{"uid": 1, "gid": 1}]},
+        "…uwsgi_options sets what the role keeps to itself: uid (systemd sets the account); gid (systemd sets the "
+        "account). Remove it.",
+    ),
+    "options without a value of their own": (
+        {"uwsgi_options": [{"route": ["a", "b"]}, {"log-x-forwarded-for": None}, {"a": {"b": "c"}}, {"d": "e"}]},
+        "…uwsgi_options has no single value for route and log-x-forwarded-for and a: give a text, a number or true, "
+        "and an option that is repeated as several items.",
+    ),
+    **{
+        f"a line break in {name}": (
+            given,
+            f"…{name} has a line break inside a text. Each text becomes one line of a file on the host: write it on "
+            "one line, or make it two items.",
+        )
+        for name, given in BROKEN.items()
+    },
+    "a line break in an option's name": (
+        {"uwsgi_options": [{"a\nuid": "root"}]},
+        "…uwsgi_options has a line break inside a text. Each text becomes one line of a file on the host: write it "
+        "on one line, or make it two items.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.usefixtures("place")
+def test_bad_input_is_refused_in_one_message(name: str) -> None:
+    given, message = BAD[name]
+    assert problems(**given) == [message.replace("…", OPTION_PREFIX)]
+
+
+@pytest.mark.usefixtures("place")
+def test_no_message_shows_a_secret() -> None:
+    bad = {"environment": {"DATABASE_URL": "hunter2", "A-B": "hunter2\r"}, "database_url": "hunter2"}
+    said = problems(**bad)
+    assert len(said) == 4
+    assert "hunter2" not in " ".join(said)
+
+
+@pytest.mark.usefixtures("place")
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    assert len(problems(app="Shop", module="wsgi", processes=0, source={})) == 4
+
+
+def test_every_rule_has_a_wrong_input_here() -> None:
+    # What a message says up to its first variable tells the rules apart; what has nothing there is the list of numbers.
+    begins = [str(rule["otherwise"]).split("{", maxsplit=1)[0] for rule in RULES["vars"]["__uwsgi_sqlalchemy_rules"]]
+    said = [message.replace("…", OPTION_PREFIX) for _, message in BAD.values()]
+    assert len(begins) > 20
+    assert [begin for begin in begins if not any(message.startswith(begin) for message in said)] == []
