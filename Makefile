@@ -20,6 +20,9 @@ unit: bootstrap ## fast tests without hosts
 scenario-%: bootstrap ## one Molecule scenario whole: make scenario-default
 	@$(PYTHON) tools/testrun.py scenario $*
 
+docs: bootstrap ## write the variables into the role's defaults and README
+	@$(PYTHON) tools/docs.py
+
 lock: bootstrap ## lock the newest versions that requirements/tools.in allows
 	@UV_CONFIG_FILE=.venv/uv.toml .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-annotate --no-header requirements/tools.in --output-file requirements/tools.txt
@@ -28,9 +31,9 @@ clean: ## remove the demo and every other test host
 	@[ ! -x $(PYTHON) ] || $(PYTHON) tools/hosts.py clean
 
 distclean: clean ## clean, and what was installed and kept in this folder
-	rm -rf .venv .run
+	rm -rf .venv .run .mypy_cache .ruff_cache
 
 bootstrap:
 	@tools/bootstrap
 
-.PHONY: help demo test lint unit lock clean distclean bootstrap
+.PHONY: help demo test lint unit docs lock clean distclean bootstrap

@@ -46,6 +46,7 @@ def compile_once(self: Environment, source: Any, *arguments: Any, **named: Any) 
     return _compiled[key] if key in _compiled else _compiled.setdefault(key, _compile(self, source))
 
 
+TEMPLAR = Templar(loader=DataLoader())  # one, so that it looks each filter up once
 Environment.compile = compile_once  # type: ignore[method-assign]
 
 
@@ -79,13 +80,14 @@ def variables(**given: Any) -> dict[str, Any]:
 def render(template: str, **given: Any) -> str:
     """Return what a template of the role, named by its path in templates/etc, makes of the variables."""
     source = trust_as_template((TEMPLATES / f"{template}.j2").read_text(encoding="utf-8"))
-    templar = Templar(loader=DataLoader(), variables=variables(**given))
+    TEMPLAR.available_variables = variables(**given)
     # The settings of ansible.builtin.template, whose defaults are not those of Jinja2.
     overrides = {"trim_blocks": True, "lstrip_blocks": False, "newline_sequence": "\n"}
-    text = templar.template(source, escape_backslashes=False, overrides=overrides)
+    text = TEMPLAR.template(source, escape_backslashes=False, overrides=overrides)
     return "" if text is None else str(text)  # as the task does: a template without output comes to None
 
 
 def evaluate(expression: str, values: dict[str, Any]) -> Any:
     """Return what an expression, a text with {{ }}, comes to in a task that sees these variables."""
-    return Templar(loader=DataLoader(), variables=values).template(trust_as_template(expression))
+    TEMPLAR.available_variables = values
+    return TEMPLAR.template(trust_as_template(expression))

@@ -16,6 +16,7 @@ from templating import OPTION_PREFIX, evaluate, load, plain, variables
 RULES = next(task for task in load("tasks/preflight.yml") if "__uwsgi_sqlalchemy_rules" in task.get("vars", {}))
 SHA256 = hashlib.sha256(b"content").hexdigest()
 OTHER = "0" * 64
+REFUSED = plain("vars/main.yml")["__uwsgi_sqlalchemy_refused_options"]
 
 
 @pytest.fixture
@@ -303,17 +304,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"writable_paths": ["/a", "media", "./x"]},
         "…writable_paths has media and ./x; give absolute paths.",
     ),
-    **{
-        f"the option {name}": (
-            {"uwsgi_options": [{"log-slow": 1}, {name: True}]},
-            f"…uwsgi_options sets what the role keeps to itself: {name} ({reason}). Remove it.",
-        )
-        for name, reason in plain("vars/main.yml")["__uwsgi_sqlalchemy_refused_options"].items()
-    },
-    "two refused options": (
-        {"uwsgi_options": [{"uid": 1, "gid": 1}]},
-        "…uwsgi_options sets what the role keeps to itself: uid (systemd sets the account); gid (systemd sets the "
-        "account). Remove it.",
+    "an option of the role's own": (
+        {"uwsgi_options": [{"log-slow": 1}, {"lazy-apps": True}, {"lazy-apps": False}]},
+        "…uwsgi_options sets what the role keeps to itself: lazy-apps (the role sets it, so that no database connection "
+        "is shared between workers). Remove it.",
+    ),
+    "every option of the role's own": (
+        {"uwsgi_options": [dict.fromkeys(REFUSED, True)]},
+        "…uwsgi_options sets what the role keeps to itself: "
+        + "; ".join(f"{name} ({reason})" for name, reason in REFUSED.items())
+        + ". Remove it.",
     ),
     "options without a value of their own": (
         {"uwsgi_options": [{"route": ["a", "b"]}, {"log-x-forwarded-for": None}, {"a": {"b": "c"}}, {"d": "e"}]},

@@ -452,7 +452,9 @@ def test_the_release_is_read_where_the_link_leads(tmp_path: Path) -> None:
 
 def test_the_release_can_be_given(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELEASE", "v7")
-    answer = create_app().test_client().get("/healthz").json
+    app = create_app()
+    answer = app.test_client().get("/healthz").json
+    engine_of(app).dispose()
     assert answer is not None
     assert answer["release"] == "v7"
 

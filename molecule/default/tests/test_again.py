@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import testinfra
@@ -37,7 +38,7 @@ class Run:
     after: dict[str, Seen]
 
 
-def run_again(*arguments: str, **variables: object) -> Run:
+def run_again(*arguments: str, **variables: Any) -> Run:
     before = {url: see(url) for url in hosts.urls()}
     played = playbook.play(*arguments, **variables)
     return Run(played, before, {url: see(url) for url in hosts.urls()})

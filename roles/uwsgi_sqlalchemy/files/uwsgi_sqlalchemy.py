@@ -2,13 +2,10 @@
 """Switch the releases of applications that uWSGI serves on this host, and say how they are.
 
 Everything of an application APP is called uwsgi-APP. Its releases lie in /srv/uwsgi-APP/releases, and the link
-/srv/uwsgi-APP/current names the one that serves. What its configuration should be lies in /etc/uwsgi-APP/wanted;
-`activate` makes that and a release live as one transaction: configuration checked, link switched, workers renewed,
-health asked. When the application does not serve afterwards, everything is put back as it was.
-
-exit codes: 0 done; 1 the health path does not answer; 2 wrong usage; 3 refused, nothing was changed;
-            4 another run holds the lock; 5 it did not serve, the state before is back;
-            6 it did not serve, nor does the state before
+/srv/uwsgi-APP/current names the one that serves. What its configuration should be lies in /etc/uwsgi-APP/wanted.
+`activate` makes that and a release live as one transaction: proved first, switched, workers renewed, health asked.
+When the application does not serve afterwards, everything is put back as it was. A run that is cut short at any moment
+leaves the old or the new release serving, and the next run finishes it.
 """
 
 from __future__ import annotations
@@ -28,17 +25,31 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-UNHEALTHY, REFUSED, LOCKED, PUT_BACK, BROKEN = 1, 3, 4, 5, 6
+EXIT_CODES = """exit codes:
+  0  done
+  1  the health path does not answer as it should
+  2  wrong usage
+  3  refused; what served before serves on, untouched
+  4  another run holds the lock
+  5  it did not serve; the state before is back and serves
+  6  it did not serve, and the state before does not serve either
+  7  it serves, but the command after the activation failed"""
+
+UNHEALTHY, REFUSED, LOCKED, PUT_BACK, BROKEN, AFTER = 1, 3, 4, 5, 6, 7
 
 PATIENCE = 5.0  # seconds for which a wrong answer of the health path may still become a right one
 
+# What a running service has read when it started: where it differs from then, the service has to be restarted.
+READ_AT_START = ("uwsgi.ini", "environment", "service")
+
 # The files of an application's configuration: their name in /etc/uwsgi-APP/wanted, and the place where they are live.
 CONFIGURATION = {
+    "settings.json": "etc/uwsgi-{app}/settings.json",
     "uwsgi.ini": "etc/uwsgi-{app}/uwsgi.ini",
     "environment": "etc/uwsgi-{app}/environment",
     "service": "etc/systemd/system/uwsgi-{app}.service",
@@ -112,7 +123,7 @@ def ask_uwsgi(path: Path, target: str, host: str, timeout: float) -> tuple[int, 
         while len(answer) < 65536:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise TimeoutError("timed out")
+                raise socket.timeout("timed out")
             connection.settimeout(remaining)
             part = connection.recv(65536)
             if not part:
@@ -148,6 +159,12 @@ class Plan:
         return bool(self.reasons)
 
 
+def step(name: str, text: str) -> None:
+    """Say what is done next. Each step is a place where a run may be cut short; `name` is for the tests of that."""
+    del name
+    print(f"uwsgi-sqlalchemy: {text}", file=sys.stderr, flush=True)
+
+
 class App:
     """An application on this host: its places, its service and what is live of it. `root` is for tests."""
 
@@ -161,21 +178,21 @@ class App:
         self.home = root / "srv" / self.unit
         self.releases = self.home / "releases"
         self.current = self.home / "current"
+        self.journal = self.home / "journal.jsonl"
         self.socket = root / "run" / f"{self.unit}.socket"
         self.started = root / "run" / f"{self.unit}.started"
+        self.proof = root / "run" / f"{self.unit}.proof.ini"
+        self.locked = root / "run" / f"{self.unit}.lock"
         self.stats = root / "run" / self.unit / "stats.sock"
         self.fifo = root / "run" / self.unit / "master.fifo"
         self.site_link = root / "etc/nginx/sites-enabled" / f"{self.unit}.conf"
         if not (self.wanted / "settings.json").is_file():
             known = sorted(path.parent.parent.name[6:] for path in root.glob("etc/uwsgi-*/wanted/settings.json"))
             raise Failure(REFUSED, f"no application '{name}' on this host; there are: {', '.join(known) or 'none'}")
-        self.settings: dict[str, Any] = json.loads((self.wanted / "settings.json").read_text(encoding="utf-8"))
+        # What is live: an answer is judged by the rules of what serves. Before the first activation, the wanted.
+        self.settings = self.read_settings(self.etc if (self.etc / "settings.json").exists() else self.wanted)
 
     # --- what is there ---------------------------------------------------------------------------------------------
-
-    def live_path(self, name: str) -> Path:
-        """Return the place where a file of the configuration is live."""
-        return self.root / CONFIGURATION[name].format(app=self.name)
 
     @staticmethod
     def content(path: Path) -> bytes | None:
@@ -184,6 +201,20 @@ class App:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+
+    @staticmethod
+    def read_settings(folder: Path) -> dict[str, Any]:
+        """Return the settings of a configuration, as the role's settings.json.j2 writes them."""
+        settings: dict[str, Any] = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        return settings
+
+    def live_path(self, name: str) -> Path:
+        """Return the place where a file of the configuration is live."""
+        return self.root / CONFIGURATION[name].format(app=self.name)
+
+    def configuration(self, folder: Path | None) -> dict[str, bytes | None]:
+        """Return the files of the configuration in a folder (wanted or undo) or, without one, of what is live."""
+        return {name: self.content(folder / name if folder else self.live_path(name)) for name in CONFIGURATION}
 
     def current_release(self) -> str:
         """Return the id of the release that `current` names, or an empty text."""
@@ -196,15 +227,24 @@ class App:
         """Return what was recorded when a release was finished. Raises Failure for one that is not whole."""
         content = self.content(self.releases / release / "release.json") if re.fullmatch(r"[\w.-]+", release) else None
         if content is None:
-            known = sorted(path.parent.name for path in self.releases.glob("*/release.json"))
-            raise Failure(REFUSED, f"{self.unit} has no release '{release}'; there are: {', '.join(known) or 'none'}")
+            known = ", ".join(sorted(path.parent.name for path in self.releases.glob("*/release.json")))
+            raise Failure(REFUSED, f"{self.unit} has no release '{release}'; there are: {known or 'none'}")
         found: dict[str, Any] = json.loads(content.decode())
         return found
+
+    def runtime(self, release: str) -> str:
+        """Return what a running master cannot exchange: the interpreter, and uWSGI where it is part of the release."""
+        record = json.loads((self.content(self.releases / release / "release.json") or b"{}").decode())
+        return f"Python {record.get('python', '?')}, uWSGI {record.get('uwsgi', '?')}"
 
     def unit_state(self) -> dict[str, str]:
         """Return systemd's view of the service: ActiveState and MainPID."""
         shown = run("systemctl", "show", "-p", "ActiveState,MainPID", f"{self.unit}.service")
         return dict(line.split("=", 1) for line in shown.stdout.splitlines() if "=" in line)
+
+    def enabled_units(self) -> list[str]:
+        """Return whether the service and the socket start at boot, in systemd's words."""
+        return run("systemctl", "is-enabled", f"{self.unit}.service", f"{self.unit}.socket").stdout.split()
 
     def workers(self) -> list[Worker]:
         """Return the workers that uWSGI's statistics name. Raises OSError or ValueError when it gives none."""
@@ -232,13 +272,28 @@ class App:
         found = re.match(re.escape(str(self.releases)) + r"/([^/]+)/", place + "/")
         return found.group(1) if found else ""
 
-    def health(self, timeout: float) -> tuple[bool, str]:
+    def running_releases(self) -> list[str] | None:
+        """Return the releases that the workers run from, each once, or None when uWSGI does not tell."""
+        try:
+            return sorted({worker.release for worker in self.workers()})
+        except (OSError, ValueError):
+            return None
+
+    def health(
+        self,
+        timeout: float,
+        settings: dict[str, Any] | None = None,
+        address: Path | None = None,
+        unit: str = "",
+    ) -> tuple[bool, str]:
         """Ask the health path until it answers 2xx; return whether it did and what was last seen.
 
         It has `timeout` seconds for an answer. One that is not 2xx is asked again for PATIENCE seconds: by then a
-        database that was just starting is there, and a release that is broken should not serve for longer.
+        database that was just starting is there, and a release that is broken should not serve for longer. Asked is
+        what serves, or what listens at `address` with other settings, as long as its `unit` runs.
         """
-        path = str(self.settings["health_path"])
+        settings = settings or self.settings
+        path = str(settings["health_path"])
         deadline = time.monotonic() + timeout
         seen = f"no answer within {timeout:g} s"
         answered = False
@@ -247,129 +302,305 @@ class App:
             if remaining <= 0:
                 return False, f"{path}: {seen}"
             try:
-                status, body = ask_uwsgi(self.socket, path, str(self.settings["health_host"]), remaining)
+                status, body = ask_uwsgi(address or self.socket, path, str(settings["health_host"]), remaining)
                 if 200 <= status < 300:
                     return True, f"{path}: {status}"
                 seen = f"it answers {status}, not 2xx ({' '.join(body.split())[:200]})"
                 if not answered:
                     answered, deadline = True, min(deadline, time.monotonic() + PATIENCE)
-            except TimeoutError:
+            except socket.timeout:
                 continue
             except OSError as error:
-                seen = f"no answer ({error})"
-            time.sleep(max(0.0, min(0.5, deadline - time.monotonic())))
+                seen = f"no answer ({error.strerror or error})"
+                if unit and run("systemctl", "is-active", "-q", f"{unit}.service").returncode:
+                    return False, f"{path}: {seen}"
+            time.sleep(max(0.0, min(0.5 if answered else 0.1, deadline - time.monotonic())))
+
+    def said(self, since: float, unit: str = "") -> str:
+        """Return what the service's journal says since a moment (seconds of the epoch), at most 40 lines of it."""
+        command = ("journalctl", "-u", f"{unit or self.unit}.service", f"--since=@{int(since)}", "-o", "cat")
+        return run(*command, "--no-pager", "-n", "40").stdout.strip()
+
+    # --- the journal of activations --------------------------------------------------------------------------------
+
+    def note(self, action: str, release: str, result: str, **more: Any) -> None:
+        """Add a line to the journal: who did what, when, and how it ended."""
+        entry = {"when": now(), "who": caller(), "action": action, "release": release, "result": result, **more}
+        with open(self.journal, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Return the journal, oldest first; a line that a crash cut short is left out."""
+        found = []
+        for line in (self.content(self.journal) or b"").decode("utf-8", "replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
+    def previous(self) -> str:
+        """Return the release to roll back to: the good one before the current, or an empty text.
+
+        A release that was left by a rollback is not a good one any more, until it is activated again.
+        """
+        good: list[str] = []
+        for entry in self.entries():
+            release = entry["release"]
+            if entry["result"] != "ok" or entry["action"] not in ("activate", "rollback"):
+                continue
+            if entry["action"] == "rollback" and release in good:
+                del good[good.index(release) + 1 :]
+            else:
+                good = [*(known for known in good if known != release), release]
+        there = [known for known in good if (self.releases / known / "release.json").exists()]
+        current = self.current_release()
+        earlier = there[: there.index(current)] if current in there else there
+        return earlier[-1] if earlier else ""
+
+    def schema(self, release: str) -> str:
+        """Return the schema that the database had when a release was last activated, as far as it was recorded."""
+        found = [entry for entry in self.entries() if entry["release"] == release and entry.get("schema")]
+        return str(found[-1]["schema"]) if found else ""
 
     # --- called by the unit ----------------------------------------------------------------------------------------
 
     def note_start(self) -> None:
-        """Note which configuration the service is being started with, so that a later run knows what is stale."""
-        noted = {name: digest(self.content(self.live_path(name))) for name in ("uwsgi.ini", "environment", "service")}
+        """Note which configuration the service is being started with, so that a later run knows what is stale.
+
+        When an activation was cut short (power, SIGKILL), what was live before it comes back first: it is known to
+        serve.
+        """
+        with contextlib.suppress(Failure), self.lock():
+            before = self.content(self.undo / "release")
+            if before:
+                target = (self.content(self.undo / "target") or b"").decode()
+                for name, content in self.configuration(self.undo).items():
+                    self.place(name, content)
+                self.point_current_to(before.decode())
+                self.note("heal", before.decode(), "ok", note=f"started while the activation of {target} was cut short")
+                shutil.rmtree(self.undo)
+        noted = {name: digest(self.content(self.live_path(name))) for name in READ_AT_START}
         noted["runtime"] = self.runtime(self.current_release())
         write(self.started, json.dumps(noted).encode(), 0o600)
 
-    def runtime(self, release: str) -> str:
-        """Return what a running master cannot exchange: the interpreter, and uWSGI where it is part of the release."""
-        record = json.loads((self.content(self.releases / release / "release.json") or b"{}").decode())
-        return f"Python {record.get('python', '?')}, uWSGI {record.get('uwsgi', '?')}"
+    # --- proving ---------------------------------------------------------------------------------------------------
+
+    def sandboxed(
+        self, folder: Path | None, release: str, options: Sequence[str], *command: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in a release's source folder just as the service runs: account, environment and sandbox.
+
+        What the configuration's unit says of them is handed to a transient unit; what belongs to serving is left out.
+        `options` are systemd-run's.
+        """
+        serving = re.compile(r"Exec|Type=|Notify|Restart|Timeout|Kill|RuntimeDirectory|EnvironmentFile=")
+        unit = (self.configuration(folder)["service"] or b"").decode()
+        lines = unit.partition("[Service]")[2].partition("\n[Install]")[0].splitlines()
+        properties = [line for line in lines if "=" in line and not line.startswith("#") and not serving.match(line)]
+        place = self.releases / release
+        return run(
+            *("systemd-run", "--quiet", "--collect", *options, *(f"--property={line}" for line in properties)),
+            f"--property=EnvironmentFile={(folder or self.etc) / 'environment'}",
+            f"--property=WorkingDirectory={place / 'app'}",
+            f"--setenv=PATH={place / 'venv/bin'}:/usr/local/bin:/usr/bin:/bin",
+            *command,
+        )
+
+    def binary(self, release: str, settings: dict[str, Any]) -> str:
+        """Return the uWSGI that serves a release: Debian's, or the one in its virtual environment."""
+        inside = settings["uwsgi"] == "pyuwsgi"
+        return str(self.releases / release / "venv/bin/uwsgi") if inside else "/usr/bin/uwsgi"
+
+    def check_ini(self, folder: Path | None, release: str) -> None:
+        """Have uWSGI read the ini; strict mode refuses an option that it does not know."""
+        ini = (folder or self.etc) / "uwsgi.ini"
+        checked = run(self.binary(release, self.read_settings(folder or self.etc)), "--ini", str(ini), "--version")
+        if checked.returncode:
+            raise Failure(
+                REFUSED,
+                f"uWSGI refuses its configuration {ini}: {checked.stdout.strip()}\n"
+                "Correct uwsgi_sqlalchemy_uwsgi_options; nothing was changed.",
+            )
+
+    def prove(self, release: str, folder: Path | None = None) -> None:
+        """Load the release just as the service would, without serving. Raises Failure with what uWSGI said.
+
+        The load happens in one process and not in a lazy worker: there uWSGI exits 0 whatever becomes of the
+        application. It does the same where it has no socket to serve on (numproc in core/uwsgi.c), so it is told of
+        one, which --no-server keeps it from opening.
+        """
+        self.record(release)
+        self.check_ini(folder, release)
+        settings = self.read_settings(folder or self.etc)
+        limit = ("/usr/bin/timeout", "--kill-after=5", str(settings["health_timeout"]))
+        with self.loading(folder, release, f"{self.proof}.socket", "--no-server") as command:
+            done = self.sandboxed(folder, release, ("--wait", "--pipe"), *limit, *command)
+        if done.returncode:
+            slow = f" within {settings['health_timeout']} s" if done.returncode in (124, 137) else ""
+            raise Failure(
+                REFUSED,
+                f"release {release} cannot be loaded{slow}; it was not activated. uWSGI said:\n{clean(done.stdout)}",
+            )
+
+    @contextlib.contextmanager
+    def loading(self, folder: Path | None, release: str, address: str, *options: str) -> Iterator[tuple[str, ...]]:
+        """Give the command that loads a release in one process: the ini without what belongs to serving."""
+        loads = re.compile(
+            r"(\[|strict|plugins?(-dir)?|virtualenv|pythonpath|module|single-interpreter|need-app|enable-threads"
+            r"|env|set(-ph|-placeholder)?|(py|python-)?import|py-?argv|buffer-size|post-buffering)\b"
+        )
+        ini = (self.configuration(folder)["uwsgi.ini"] or b"").decode()
+        kept = "\n".join(line for line in ini.splitlines() if loads.match(line))
+        text = kept.replace(f"{self.current}/", f"{self.releases / release}/")
+        write(self.proof, text.encode() + b"\n", 0o644)
+        binary = self.binary(release, self.read_settings(folder or self.etc))
+        try:
+            yield (binary, "--ini", str(self.proof), "--need-app", f"--socket={address}", "--processes=1", *options)
+        finally:
+            self.proof.unlink()
+
+    def rehearse(self, release: str, folder: Path | None) -> None:
+        """Let the release answer its health path once, on a socket that no traffic reaches. Raises Failure.
+
+        It finds what loads and then fails at the first request, with the wanted configuration, before anybody sees it.
+        """
+        unit, since = f"{self.unit}-rehearsal", time.time()
+        address = self.root / "run" / unit / "uwsgi.socket"
+        settings = self.read_settings(folder or self.etc)
+        with self.loading(folder, release, str(address), "--disable-logging") as command:
+            options = (f"--unit={unit}", f"--property=RuntimeDirectory={unit}", "--property=Type=exec")
+            started = self.sandboxed(folder, release, options, *command)
+            try:
+                healthy, seen = self.health(float(settings["health_timeout"]), settings, address, unit)
+            finally:
+                run("systemctl", "stop", f"{unit}.service")
+        if started.returncode or not healthy:
+            said = clean(started.stdout or self.said(since, unit))
+            raise Failure(
+                REFUSED,
+                f"release {release} does not answer its health path with this configuration; it was not activated."
+                f" {seen}\n{said}\nThe migration, if there is one, has run.",
+            )
+
+    def run_for(self, release: str, setting: str, *prefix: str) -> str:
+        """Run one of the release's commands (migration, hooks), if there is one, and return what it said.
+
+        Raises Failure with what it said when it fails.
+        """
+        command = str(self.settings_wanted[setting])
+        if not command:
+            return ""
+        program = (*(prefix or ("/usr/bin/env",)), *shlex.split(command))
+        done = self.sandboxed(self.wanted, release, ("--wait", "--pipe"), *program)
+        if done.returncode:
+            code = AFTER if setting == "after_activate" else REFUSED
+            raise Failure(
+                code,
+                f"uwsgi_sqlalchemy_{setting} of release {release} failed ({command}):\n{done.stdout.strip()[-4000:]}",
+            )
+        return done.stdout
+
+    @property
+    def settings_wanted(self) -> dict[str, Any]:
+        """Return the settings that are wanted."""
+        return self.read_settings(self.wanted)
+
+    def migrate(self, release: str) -> str:
+        """Run the release's migration under a lock in its database; return the schema that the database then has.
+
+        An empty text says that it is not known. Raises Failure when the migration fails.
+        """
+        helper = self.root / "usr/local/lib/uwsgi-sqlalchemy/python/uwsgi_sqlalchemy_migrate.py"
+        python = self.releases / release / "venv/bin/python"
+        said = self.run_for(release, "migrate_command", str(python), str(helper), self.unit)
+        schema = re.search(r"^uwsgi-sqlalchemy schema: (.+)$", said, re.MULTILINE)
+        return schema.group(1) if schema else ""
 
     # --- activating ------------------------------------------------------------------------------------------------
 
-    def plan(self, release: str) -> Plan:
-        """Work out what has to be done so that the wanted configuration and `release` are live."""
+    def plan(self, release: str, folder: Path | None) -> Plan:
+        """Work out what makes the configuration in `folder` (None: as it is) and `release` live."""
         plan = Plan()
-        for name in CONFIGURATION:
-            if self.content(self.wanted / name) != self.content(self.live_path(name)):
+        aims, live = self.configuration(folder), self.configuration(None)
+        for name, content in aims.items():
+            if content != live[name]:
                 plan.files.append(name)
                 plan.reasons.append(f"{self.live_path(name)} changed")
-        wants_site = (self.wanted / "nginx.conf").exists()
-        if wants_site != self.site_link.is_symlink() and "nginx.conf" not in plan.files:
+        if (aims["nginx.conf"] is not None) != self.site_link.is_symlink() and "nginx.conf" not in plan.files:
             plan.files.append("nginx.conf")
-            plan.reasons.append(f"{self.site_link} {'is missing' if wants_site else 'is to go'}")
+            plan.reasons.append(f"{self.site_link} {'is missing' if aims['nginx.conf'] else 'is to go'}")
         if self.undo.is_dir():
-            plan.reasons.append("an earlier activation was interrupted")
+            plan.reasons.append("an earlier activation was cut short")
+        self.plan_action(plan, release, {name: digest(aims[name]) for name in READ_AT_START})
+        if self.current_release() != release:
+            plan.reasons.append(f"release {self.current_release() or 'none'} becomes {release}")
+        if plan.action == "none" and self.enabled_units() != ["enabled", "enabled"]:
+            plan.reasons.append("the service was not enabled at boot")
+        return plan
+
+    def plan_action(self, plan: Plan, release: str, aims: dict[str, str]) -> None:
+        """Choose the gentlest way that brings the service to the plan's aim, and say why."""
         noted = json.loads((self.content(self.started) or b"{}").decode())
-        wanted = {name: digest(self.content(self.wanted / name)) for name in ("uwsgi.ini", "environment", "service")}
+        stale = [self.live_path(name) for name in READ_AT_START if noted.get(name) != aims[name]]
+        running = self.running_releases()
         if self.unit_state().get("ActiveState") != "active":
             plan.action = "start"
             plan.reasons.append("the service was not running")
         elif "socket" in plan.files:
             plan.action = "restart with its socket"
-        elif any(noted.get(name) != wanted[name] for name in wanted):
+        elif stale:
             plan.action = "restart"
-            stale = [str(self.live_path(name)) for name in wanted if noted.get(name) != wanted[name]]
-            plan.reasons += [f"running with an older {path}" for path in stale if f"{path} changed" not in plan.reasons]
+            changed = [self.live_path(name) for name in plan.files]
+            plan.reasons += [f"the service runs with an older {path}" for path in stale if path not in changed]
         elif noted.get("runtime") != self.runtime(release):
             plan.action = "restart"
-            plan.reasons.append(f"runtime changed to {self.runtime(release)}")
-        running = self.running_releases()
-        if plan.action == "none" and running != [release]:
+            plan.reasons.append(f"runtime changes from {noted.get('runtime')} to {self.runtime(release)}")
+        elif running is None:
+            plan.action = "restart"
+            plan.reasons.append(f"uWSGI gives no statistics on {self.stats}")
+        elif running != [release]:
+            if self.current_release() == release:
+                plan.reasons.append(f"workers run {', '.join(running) or 'no release'}")
             # Chain reload replaces one worker after the other, so it needs two; uWSGI inside the release (pyuwsgi) has
             # the old release's module path built into its master.
-            one_by_one = self.settings["processes"] > 1 and self.settings["uwsgi"] == "debian"
-            plan.action = "chain reload" if one_by_one else "restart"
-        if self.current_release() != release:
-            plan.reasons.append(f"release {self.current_release() or 'none'} becomes {release}")
-        elif plan.action == "chain reload":
-            plan.reasons.append(f"workers run {', '.join(running) or 'no known release'}")
-        if plan.action == "none" and self.enabled_units() != ["enabled", "enabled"]:
-            plan.reasons.append("the service was not enabled at boot")
-        return plan
+            plan.action = "chain reload"
+            if self.settings["processes"] < 2 or self.settings["uwsgi"] == "pyuwsgi":
+                plan.action = "restart"
+            elif not self.fifo.is_fifo():
+                plan.action = "restart"
+                plan.reasons.append(f"uWSGI takes no commands, {self.fifo} is missing")
 
-    def running_releases(self) -> list[str]:
-        """Return the releases that the workers run from, each once; none when uWSGI does not tell."""
-        try:
-            return sorted({worker.release for worker in self.workers()})
-        except (OSError, ValueError):
-            return []
-
-    def enabled_units(self) -> list[str]:
-        """Return whether the service and the socket start at boot, in systemd's words."""
-        return run("systemctl", "is-enabled", f"{self.unit}.service", f"{self.unit}.socket").stdout.split()
-
-    def check_configuration(self) -> None:
-        """Have uWSGI read the wanted ini; strict mode refuses an option that it does not know."""
-        binary = "/usr/bin/uwsgi"
-        if self.settings["uwsgi"] == "pyuwsgi":
-            binary = str(self.releases / self.settings["release"] / "venv/bin/uwsgi")
-        checked = run(binary, "--ini", str(self.wanted / "uwsgi.ini"), "--version")
-        if checked.returncode:
-            raise Failure(
-                REFUSED,
-                f"uWSGI refuses its configuration {self.wanted / 'uwsgi.ini'}: {checked.stdout.strip()}\n"
-                "Correct uwsgi_sqlalchemy_uwsgi_options; nothing was changed.",
-            )
-
-    def install_site(self) -> None:
-        """Put the wanted Nginx site in place if Nginx accepts its whole configuration with it, else take it back."""
-        before = self.content(self.live_path("nginx.conf")), self.site_link.is_symlink()
-        self.place("nginx.conf", self.content(self.wanted / "nginx.conf"))
+    def install_site(self, content: bytes | None) -> None:
+        """Put the Nginx site in place if Nginx accepts its whole configuration with it, else take it back."""
+        before, enabled = self.content(self.live_path("nginx.conf")), self.site_link.is_symlink()
+        self.place("nginx.conf", content)
         tested = run("nginx", "-t", "-q")
         if not tested.returncode:
             return
-        self.place("nginx.conf", before[0])
-        if not before[1]:
-            self.site_link.unlink()
-        already = run("nginx", "-t", "-q").returncode != 0
+        self.place("nginx.conf", before)
+        if not enabled:
+            self.site_link.unlink(missing_ok=True)
+        advice = "Correct uwsgi_sqlalchemy_nginx_options, uwsgi_sqlalchemy_listen or uwsgi_sqlalchemy_server_names."
+        if run("nginx", "-t", "-q").returncode:
+            advice = "It refused it before this change too: repair the file named above."
         raise Failure(
             REFUSED,
-            f"Nginx refuses its configuration with the site of {self.unit}, now put back.\n{tested.stdout.strip()}\n"
-            + ("It refused it before this change too: repair the file named above." if already else
-               "Correct uwsgi_sqlalchemy_nginx_options, uwsgi_sqlalchemy_listen or uwsgi_sqlalchemy_server_names."),
-        )  # fmt: skip
+            f"Nginx refuses its configuration with the site of {self.unit}, which was put back:\n"
+            f"{tested.stdout.strip()}\n{advice}",
+        )
 
     def place(self, name: str, content: bytes | None) -> None:
         """Make a content live, or remove the file where there is none; the Nginx site is enabled by its link."""
         path = self.live_path(name)
         if content is None:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            path.unlink(missing_ok=True)
         elif content != self.content(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(path, content, 0o600 if name == "environment" else 0o644)
         if name == "nginx.conf":
             if content is None:
-                with contextlib.suppress(FileNotFoundError):
-                    self.site_link.unlink()
+                self.site_link.unlink(missing_ok=True)
             elif not self.site_link.is_symlink():
                 self.site_link.parent.mkdir(parents=True, exist_ok=True)
                 self.site_link.symlink_to(path)
@@ -377,58 +608,60 @@ class App:
     def point_current_to(self, release: str) -> None:
         """Let `current` name a release, atomically; without one, remove it."""
         if not release:
-            with contextlib.suppress(FileNotFoundError):
-                self.current.unlink()
+            self.current.unlink(missing_ok=True)
             return
         temporary = self.home / ".current.new"
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         temporary.symlink_to(Path("releases") / release)
         os.replace(temporary, self.current)
 
-    def save_undo(self) -> None:
-        """Keep what is live, to put back. What an interrupted run kept stays: it is the last known good."""
-        if self.undo.is_dir():
-            return
-        temporary = self.etc / ".undo.new"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(mode=0o700)
-        for name in CONFIGURATION:
-            content = self.content(self.live_path(name))
-            if content is not None:
-                write(temporary / name, content, 0o600)
-        (temporary / "release").write_text(self.current_release(), encoding="utf-8")
-        os.replace(temporary, self.undo)
+    def keep_undo(self, target: str) -> None:
+        """Keep what is live, to put back. What a run that was cut short kept stays: it is the last known good."""
+        if not self.undo.is_dir():
+            temporary = self.etc / ".undo.new"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(mode=0o700)
+            for name, content in self.configuration(None).items():
+                if content is not None:
+                    write(temporary / name, content, 0o600)
+            write(temporary / "release", self.current_release().encode(), 0o600)
+            os.replace(temporary, self.undo)
+        write(self.undo / "target", target.encode(), 0o600)
 
     def renew(self, action: str, release: str) -> None:
         """Start, restart or chain-reload the service and wait until it serves `release`; else raise Failure."""
         since = time.time()
         if action == "chain reload":
-            self.chain_reload(release)
+            self.chain_reload(release, since)
         elif action != "none":
             run("systemctl", "daemon-reload")
+            units = f"{self.unit}.socket", f"{self.unit}.service"
             if action == "restart with its socket":
-                run("systemctl", "stop", f"{self.unit}.socket", f"{self.unit}.service")
-            run("systemctl", "reset-failed", f"{self.unit}.socket", f"{self.unit}.service")
-            for verb, unit in (("start", f"{self.unit}.socket"), ("restart", f"{self.unit}.service")):
+                run("systemctl", "stop", *units)
+            run("systemctl", "reset-failed", *units)
+            for verb, unit in zip(("start", "restart"), units):
                 done = run("systemctl", verb, unit)
                 if done.returncode:
-                    raise Failure(PUT_BACK, f"{unit} did not start:\n{done.stdout}{self.journal(since)}")
+                    raise Failure(PUT_BACK, f"{unit} did not start:\n{done.stdout}{self.said(since)}")
         run("systemctl", "enable", "-q", f"{self.unit}.socket", f"{self.unit}.service")
+
+    def confirm(self, release: str) -> str:
+        """See that every worker serves `release` and that the application is healthy; return how. Raises Failure."""
+        since = time.time()
         deadline = time.monotonic() + float(self.settings["health_timeout"])
         self.wait_for_workers(release, deadline, [], since)
         healthy, seen = self.health(max(1.0, deadline - time.monotonic()))
         if not healthy:
-            raise Failure(PUT_BACK, f"{self.unit} is not healthy: {seen}\n{self.journal(since)}")
+            raise Failure(PUT_BACK, f"{self.unit} is not healthy: {seen}\n{self.said(since)}".strip())
+        return seen
 
-    def chain_reload(self, release: str) -> None:
+    def chain_reload(self, release: str, since: float) -> None:
         """Have the master replace its workers one after the other and wait until each of them is new."""
-        since = time.time()
-        old = [worker.pid for worker in self.workers()]
         try:
+            old = [worker.pid for worker in self.workers()]
             fifo = os.open(self.fifo, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError as error:
-            raise Failure(PUT_BACK, f"uWSGI does not take commands on {self.fifo}: {error.strerror}") from error
+        except (OSError, ValueError) as error:
+            raise Failure(PUT_BACK, f"uWSGI does not take commands on {self.fifo}: {error}") from error
         with os.fdopen(fifo, "wb", buffering=0) as stream:
             stream.write(b"c")
         # Each worker in turn finishes its request, imports the application and accepts before the next one goes.
@@ -438,181 +671,295 @@ class App:
     def wait_for_workers(self, release: str, deadline: float, old: list[int], since: float) -> None:
         """Wait until all workers are new, accept requests and run from `release`. Raises Failure at the deadline."""
         main = self.unit_state().get("MainPID")
+        count = int(self.settings["processes"])
         while True:
             seen: list[Worker] = []
             with contextlib.suppress(OSError, ValueError):
                 seen = self.workers()
             ready = [w for w in seen if w.accepting and w.release == release and w.pid not in old]
-            if len(ready) == self.settings["processes"] and len(seen) == len(ready):
+            if len(ready) == count == len(seen):
                 return
             state = self.unit_state()
             if state.get("ActiveState") != "active" or state.get("MainPID") != main:
-                raise Failure(PUT_BACK, f"{self.unit}.service went down:\n{self.journal(since)}")
+                raise Failure(PUT_BACK, f"{self.unit}.service went down:\n{self.said(since)}")
             if time.monotonic() > deadline:
-                raise Failure(
-                    PUT_BACK,
-                    f"only {len(ready)} of {self.settings['processes']} workers serve release {release}:\n"
-                    f"{self.journal(since)}",
-                )
+                raise Failure(PUT_BACK, f"only {len(ready)} of {count} workers serve {release}:\n{self.said(since)}")
             time.sleep(0.1)
 
-    def journal(self, since: float) -> str:
-        """Return what the service's journal says since a moment (seconds of the epoch), at most 40 lines of it."""
-        said = run(
-            "journalctl", "-u", f"{self.unit}.service", f"--since=@{int(since)}", "-o", "cat", "--no-pager", "-n", "40"
-        )
-        return said.stdout.strip()
+    def make_live(self, plan: Plan, release: str, folder: Path | None) -> str:
+        """Carry out a plan: files, link, workers. Returns how the application is healthy. Raises Failure."""
+        aims = self.configuration(folder)
+        step("configure", f"make the configuration live ({', '.join(plan.files) or 'unchanged'})")
+        for name in plan.files:
+            self.place(name, aims[name])
+        self.settings = self.read_settings(self.etc)
+        step("switch", f"switch from {self.current_release() or 'no release'} to {release}")
+        self.point_current_to(release)
+        step("renew", f"renew the workers: {plan.action}")
+        self.renew(plan.action, release)
+        step("confirm", "see that every worker serves it and that it is healthy")
+        seen = self.confirm(release)
+        if "nginx.conf" in plan.files:
+            run("systemctl", "reload-or-restart", "nginx.service")
+        return seen
 
-    def activate(self, release: str, check: bool) -> dict[str, Any]:
-        """Make the wanted configuration and a release live, or put everything back. Returns the report.
+    def activate(
+        self, release: str, *, check: bool = False, retry: bool = False, rollback: bool = False
+    ) -> dict[str, Any]:
+        """Make a release live with the wanted configuration, or put everything back. Returns the report.
 
-        With `check` nothing is changed and the report says what would be. Raises Failure.
+        With `check` nothing is changed and the report says what would be. `retry` takes a release that failed before.
+        A `rollback` keeps the configuration as it is and runs neither migration nor hooks. Raises Failure.
         """
         began = time.monotonic()
-        if not check:
-            self.record(release)
-        plan = self.plan(release)
-        previous = self.current_release()
-        report = {
-            "app": self.name,
-            "release": release,
-            "from": previous,
-            "changed": plan.changed,
-            "action": plan.action,
-            "reasons": plan.reasons,
-        }
+        action, folder = ("rollback", self.undo_or_live()) if rollback else ("activate", self.wanted)
+        previous, plan = self.current_release(), self.plan(release, folder)
+        report: dict[str, Any] = {"app": self.name, "release": release, "from": previous, "changed": plan.changed}
+        report.update(action=plan.action, reasons=plan.reasons, notes=[])
         if check:
             return report
         if not plan.changed:
             healthy, seen = self.health(float(self.settings["health_timeout"]))
             if not healthy:
                 raise Failure(UNHEALTHY, f"nothing changed, but {self.unit} is not healthy: {seen}")
-            return report
-        self.check_configuration()
-        self.save_undo()
+            return {**report, "seconds": 0.0, "health": seen, "workers": self.settings["processes"]}
+        more: dict[str, Any] = {"from": previous, "how": plan.action}
         try:
-            if previous != release:
-                self.migrate(release)
-            if "nginx.conf" in plan.files:
-                self.install_site()
-        except Failure:
-            shutil.rmtree(self.undo)
-            raise
-        try:
-            for name in plan.files:
-                if name != "nginx.conf":
-                    self.place(name, self.content(self.wanted / name))
-            self.point_current_to(release)
-            self.renew(plan.action, release)
-        except Failure as failure:
-            self.put_back(failure)
-        if "nginx.conf" in plan.files:
-            run("systemctl", "reload-or-restart", "nginx.service")
+            more.update(self.prepare(release, folder, plan, retry=retry, rollback=rollback))
+            seen = self.make_live(plan, release, folder)
+        except (Failure, OSError) as error:
+            failure = error if isinstance(error, Failure) else Failure(PUT_BACK, str(error))
+            if not self.undo.is_dir():
+                self.note(action, release, "refused", **more, note=first_line(failure))
+                raise failure from error
+            self.put_back(action, release, failure, more)
+        step("finish", "note it, and remove what is no longer needed")
+        (self.releases / release / "failed.json").unlink(missing_ok=True)
+        more["seconds"] = report["seconds"] = round(time.monotonic() - began, 1)
+        self.note(action, release, "ok", **more)
         shutil.rmtree(self.undo)
+        report["notes"] = self.notes(release, previous) if rollback else []
         self.prune()
-        report["seconds"] = round(time.monotonic() - began, 1)
-        return report
+        if not rollback and previous != release:
+            step("after", "run the command after the activation, if there is one")
+            self.run_for(release, "after_activate")
+        return {**report, "health": seen, "workers": self.settings["processes"]}
 
-    def sandboxed(self, release: str, *command: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in a release's source folder just as the service runs: account, environment and sandbox.
+    def prepare(self, release: str, folder: Path | None, plan: Plan, *, retry: bool, rollback: bool) -> dict[str, str]:
+        """Do all that can fail while the old release serves on, untouched. Returns what the journal should know."""
+        learnt: dict[str, str] = {}
+        if not (retry or rollback):
+            self.refuse_failed(release)
+        if release != self.current_release() or self.undo.is_dir():
+            step("prove", f"load release {release} as the service would, without serving")
+            self.prove(release, folder)
+            if not rollback:
+                step("migrate", "run the migration, if there is one")
+                if schema := self.migrate(release):
+                    learnt["schema"] = schema
+                step("before", "run the command before the activation, if there is one")
+                self.run_for(release, "before_activate")
+        else:
+            self.check_ini(folder, release)
+        if plan.action != "none":
+            step("rehearse", "ask its health path on a socket that no traffic reaches")
+            self.rehearse(release, folder)
+        fresh = not self.undo.is_dir()
+        step("keep", "keep what is live, to put it back if need be")
+        self.keep_undo(release)
+        if "nginx.conf" in plan.files:
+            step("site", "test the Nginx site")
+            try:
+                self.install_site(self.configuration(folder)["nginx.conf"])
+            except Failure:
+                if fresh:
+                    shutil.rmtree(self.undo)
+                raise
+        return learnt
 
-        What the wanted unit says of them is handed to a transient unit; what belongs to serving is left out.
-        """
-        serving = re.compile(r"Exec|Type=|Notify|Restart|Timeout|Kill|RuntimeDirectory|EnvironmentFile=")
-        unit = (
-            (self.wanted / "service").read_text(encoding="utf-8").partition("[Service]")[2].partition("\n[Install]")[0]
-        )
-        lines = [
-            line for line in unit.splitlines() if "=" in line and not line.startswith("#") and not serving.match(line)
-        ]
-        folder = self.releases / release
-        return run(
-            *("systemd-run", "--quiet", "--wait", "--pipe", "--collect", f"--unit={self.unit}-{os.getpid()}"),
-            *(f"--property={line}" for line in lines),
-            f"--property=EnvironmentFile={self.wanted / 'environment'}",
-            f"--property=WorkingDirectory={folder / 'app'}",
-            f"--setenv=PATH={folder / 'venv/bin'}:/usr/local/bin:/usr/bin:/bin",
-            *command,
-        )
-
-    def migrate(self, release: str) -> None:
-        """Run the release's migration command, if there is one. Raises Failure with what it said when it fails."""
-        command = str(self.settings["migrate_command"])
-        if not command:
-            return
-        done = self.sandboxed(release, "/usr/bin/env", *shlex.split(command))
-        if done.returncode:
+    def refuse_failed(self, release: str) -> None:
+        """Refuse a release that failed under traffic with this same configuration. Raises Failure with what to do."""
+        failed = json.loads((self.content(self.releases / release / "failed.json") or b"{}").decode())
+        if failed and failed["configuration"] == self.fingerprint(self.wanted):
             raise Failure(
                 REFUSED,
-                f"the migration of release {release} failed ({command}); the old release stays:\n{done.stdout.strip()}",
+                f"release {release} failed on {failed['when']} and was put back: {failed['message']}\n"
+                "It is not activated again unasked. When the cause is gone: uwsgi-sqlalchemy activate"
+                f" {self.name} {release} --retry, or run the playbook with -e uwsgi_sqlalchemy_retry=true",
             )
 
-    def put_back(self, failure: Failure) -> NoReturn:
-        """Make live what was live before, see that it serves, and fail with what happened."""
-        release = (self.undo / "release").read_text(encoding="utf-8")
-        for name in CONFIGURATION:
-            self.place(name, self.content(self.undo / name))
-        self.point_current_to(release)
-        if not release:
-            run("systemctl", "disable", "-q", "--now", f"{self.unit}.service", f"{self.unit}.socket")
-            shutil.rmtree(self.undo)
-            raise Failure(PUT_BACK, f"{failure}\nThere is no earlier release: the service was stopped.")
+    def fingerprint(self, folder: Path) -> str:
+        """Return a short name for a whole configuration."""
+        return digest(b"\0".join(digest(content).encode() for content in self.configuration(folder).values()))
+
+    def put_back(self, action: str, release: str, failure: Failure, more: dict[str, Any]) -> NoReturn:
+        """Make live what was live before, see that it serves, mark the release, and fail with what happened."""
+        step("back", f"it does not serve, put back what was live: {first_line(failure)}")
+        mark = {"when": now(), "message": first_line(failure), "configuration": self.fingerprint(self.wanted)}
+        write(self.releases / release / "failed.json", json.dumps(mark).encode(), 0o644)
+        write(self.undo / "failed", b"", 0o600)
+        before = (self.content(self.undo / "release") or b"").decode()
         try:
-            self.renew("restart", release)
+            outcome = self.restore()
         except Failure as second:
-            raise Failure(
-                BROKEN, f"{failure}\nRelease {release} is back in place but does not serve: {second}"
-            ) from failure
+            self.note(action, release, "broken", **more, note=first_line(failure))
+            text = f"{failure}\nRelease {before} is back in place but does not serve: {second}"
+            raise Failure(BROKEN, text) from failure
+        self.note(action, release, "put back", **more, note=first_line(failure))
+        raise Failure(PUT_BACK, f"{failure}\n{outcome}") from failure
+
+    def restore(self) -> str:
+        """Bring back what `undo` keeps and remove it; return what there is now. Raises Failure if it does not serve."""
+        before = (self.content(self.undo / "release") or b"").decode()
+        if not before:
+            run("systemctl", "disable", "-q", "--now", f"{self.unit}.service", f"{self.unit}.socket")
+            for name, content in self.configuration(self.undo).items():
+                self.place(name, content)
+            self.point_current_to("")
+            run("systemctl", "daemon-reload")
+            shutil.rmtree(self.undo)
+            return "There is no earlier release: the service was stopped."
+        self.make_live(self.plan(before, self.undo), before, self.undo)
         shutil.rmtree(self.undo)
-        raise Failure(PUT_BACK, f"{failure}\nRelease {release} and its configuration are back and serve.")
+        return f"Release {before} and its configuration are back and serve."
+
+    def finish_putting_back(self) -> None:
+        """Finish what a run that was cut short while it put things back has begun.
+
+        Where what was live before does not serve either, that must not keep a better release from being activated.
+        """
+        if not (self.undo / "failed").exists():
+            return
+        step("heal", "finish putting back what an earlier run began")
+        before = (self.content(self.undo / "release") or b"").decode()
+        try:
+            self.restore()
+            self.note("heal", before, "ok", note="finished putting back what an earlier run began")
+        except Failure as failure:
+            step("heal", f"it does not serve either, so go on: {first_line(failure)}")
+            (self.undo / "failed").unlink()
+
+    def undo_or_live(self) -> Path | None:
+        """Return the configuration to roll back with: the one before a run that was cut short, else the live one."""
+        return self.undo if self.undo.is_dir() else None
+
+    def notes(self, release: str, previous: str) -> list[str]:
+        """Return what a person who rolls back has to know of the database."""
+        old, new = self.schema(release), self.schema(previous)
+        if old and new and old != new:
+            return [
+                f"the database stays at schema {new}; release {release} was made for {old}. Nothing migrates it back."
+            ]
+        return []
+
+    def rollback(self, release: str = "") -> dict[str, Any]:
+        """Go back to the previous good release, or to a named one, without building or migrating anything."""
+        target = release or self.previous()
+        if not target:
+            raise Failure(REFUSED, f"{self.unit} has no previous release to roll back to")
+        if target == self.current_release() and not self.undo.is_dir():
+            raise Failure(REFUSED, f"release {target} is current; name another: uwsgi-sqlalchemy releases {self.name}")
+        return self.activate(target, rollback=True)
+
+    def reload(self) -> dict[str, Any]:
+        """Renew all workers of the current release, one after the other where that can be done. Raises Failure."""
+        began, release = time.monotonic(), self.current_release()
+        self.record(release)
+        one_by_one = self.settings["processes"] > 1 and self.running_releases() is not None and self.fifo.is_fifo()
+        action = "chain reload" if one_by_one else "restart"
+        step("renew", f"renew the workers: {action}")
+        self.renew(action, release)
+        report = {"app": self.name, "release": release, "from": release, "changed": True, "action": action, "notes": []}
+        report.update(health=self.confirm(release), workers=self.settings["processes"])
+        report["seconds"] = round(time.monotonic() - began, 1)
+        self.note("reload", release, "ok", how=action, seconds=report["seconds"])
+        return report
 
     def prune(self) -> list[str]:
-        """Remove the oldest releases beyond the number to keep, never one that a worker runs. Returns their ids."""
-        used = {self.current_release(), *self.running_releases()}
-        finished = [
-            (json.loads(path.read_bytes().decode())["built"], path.parent)
-            for path in self.releases.glob("*/release.json")
-        ]
-        newest_first = [path for _, path in sorted(finished, reverse=True)]
-        removed = []
-        for path in newest_first[max(2, int(self.settings["keep_releases"])) :]:
-            if path.name not in used:
-                (path / "release.json").unlink()
-                shutil.rmtree(path)
-                removed.append(path.name)
-        return removed
+        """Remove the oldest releases beyond the number to keep. Returns their ids.
+
+        Never the current one, the one to roll back to, one that a worker runs, or one that an unfinished run needs.
+        Without an answer from uWSGI nobody knows what the workers run, and everything stays.
+        """
+        running = self.running_releases()
+        if running is None or self.undo.is_dir():
+            return []
+        used = {self.current_release(), self.previous(), *running} - {""}
+        whole = [path.parent for path in self.releases.glob("*/release.json")]
+        newest_first = sorted(whole, key=lambda path: str(self.record(path.name)["built"]), reverse=True)
+        spare = [path for path in newest_first if path.name not in used]
+        removed = spare[max(0, int(self.settings["keep_releases"]) - len(used)) :]
+        for path in removed:
+            # The marker first: what a crash leaves of it is no release any more.
+            (path / "release.json").unlink()
+            shutil.rmtree(path)
+        return [path.name for path in removed]
+
+    # --- reports ---------------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """Return how the application is: release, service, workers and health."""
+        """Return how the application is: release and since when, service, workers, health, what to roll back to."""
         workers: list[Worker] = []
         with contextlib.suppress(OSError, ValueError):
             workers = self.workers()
         healthy, seen = self.health(5)
+        current = self.current_release()
+        changes = ("activate", "rollback", "heal")
+        done = [entry for entry in self.entries() if entry["result"] == "ok" and entry["action"] in changes]
         return {
             "app": self.name,
-            "release": self.current_release(),
+            "release": current,
+            "since": done[-1]["when"] if done and done[-1]["release"] == current else "",
             "service": self.unit_state().get("ActiveState", "unknown"),
             "workers": [vars(worker) for worker in workers],
+            "processes": self.settings["processes"],
             "healthy": healthy,
             "health": seen,
+            "previous": self.previous(),
+            "unfinished": self.undo.is_dir(),
         }
+
+    def list_releases(self) -> list[dict[str, Any]]:
+        """Return the releases on the host, newest first, and what is to be said of each."""
+        current, previous, running = self.current_release(), self.previous(), self.running_releases() or []
+        found = []
+        for path in self.releases.glob("*/release.json"):
+            record = self.record(path.parent.name)
+            states = {
+                "current": record["release"] == current,
+                "previous": record["release"] == previous,
+                "running": record["release"] in running,
+                "failed": (path.parent / "failed.json").exists(),
+            }
+            record["state"] = [name for name, holds in states.items() if holds]
+            found.append(record)
+        return sorted(found, key=lambda record: str(record["built"]), reverse=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the application's lock, or raise Failure naming who does. The kernel frees it when its holder dies."""
-        path = self.root / "run" / f"{self.unit}.lock"
-        with open(path, "a+", encoding="utf-8") as stream:
+        with open(self.locked, "a+", encoding="utf-8") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 stream.seek(0)
-                raise Failure(
-                    LOCKED, f"{self.unit} is being changed by {stream.read().strip()}: wait for it"
-                ) from error
+                holder = stream.read().strip()
+                raise Failure(LOCKED, f"{self.unit} is being changed by {holder}; try again later") from error
+            stream.seek(0)
+            if left := stream.read().strip():
+                step("lock", f"took over the lock that {left} left behind when it died")
             stream.truncate(0)
-            stream.write(f"{caller()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
+            stream.write(f"{caller()}, process {os.getpid()}, since {now()}\n")
             stream.flush()
-            yield
+            try:
+                yield
+            finally:
+                stream.truncate(0)
+
+
+def now() -> str:
+    """Return the time as the journal writes it: UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def caller() -> str:
@@ -620,10 +967,74 @@ def caller() -> str:
     return os.environ.get("SUDO_USER") or pwd.getpwuid(os.getuid()).pw_name
 
 
+def first_line(failure: Failure) -> str:
+    """Return the first line of a failure's message, for the journal; of a traceback, its last line too."""
+    lines = [line for line in str(failure).splitlines() if line.strip()]
+    raised = [line for line in lines[1:] if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    return " ".join([lines[0], *raised[-1:]])[:400]
+
+
+def clean(text: str) -> str:
+    """Return what uWSGI said from the first traceback or error on, without its greeting."""
+    lines = text.strip().splitlines()
+    starts = [i for i, line in enumerate(lines) if re.match(r"Traceback|unable to|ImportError|\S*Error\b", line)]
+    return "\n".join(lines[starts[0] if starts else -8 :][-40:])
+
+
+def line(report: dict[str, Any]) -> str:
+    """Return a report of something that was made live as one line."""
+    if not report["changed"]:
+        return (
+            f"{report['app']}: release {report['release']} serves already; nothing changed; health {report['health']}"
+        )
+    origin = f" (from {report['from']})" if report["from"] not in ("", report["release"]) else ""
+    return (
+        f"{report['app']}: release {report['release']}{origin} by {report['action']} in {report['seconds']} s; "
+        f"{report['workers']} workers; health {report['health']}" + "".join(f"; {note}" for note in report["notes"])
+    )
+
+
+def table(rows: list[list[str]]) -> str:
+    """Return rows as aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def show(command: str, result: Any) -> str:
+    """Return a result as a person reads it."""
+    if command in ("activate", "rollback", "reload"):
+        if "health" in result:
+            return line(result)
+        return f"would {result['action']}: {'; '.join(result['reasons'])}" if result["changed"] else "nothing to do"
+    if command == "releases":
+        head = ["release", "built", "by", "state", "source"]
+        rows = [[r["release"], r["built"][:19], r["by"], " ".join(r["state"]), r["source"][:40]] for r in result]
+        return table([head, *rows])
+    if command == "journal":
+        head = ["when", "who", "action", "release", "result", "how", "note"]
+        return table([head, *([str(entry.get(key, "")) for key in head] for entry in result)])
+    return show_status(result) if command == "status" else str(result)
+
+
+def show_status(status: dict[str, Any]) -> str:
+    """Return how an application is, a line for each fact."""
+    ready = sum(worker["accepting"] for worker in status["workers"])
+    others = {worker["release"] for worker in status["workers"]} - {status["release"]}
+    said = f"{ready} of {status['processes']} accept requests" + (f"; some run {', '.join(others)}" if others else "")
+    keys = ["app", "release", "since", "service", "health", "previous"]
+    rows = {**{key: status[key] for key in keys}, "workers": said}
+    if status["unfinished"]:
+        rows["unfinished"] = "an activation was cut short; the next one finishes it"
+    return table([[key, str(value)] for key, value in rows.items()])
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     top = argparse.ArgumentParser(
-        prog="uwsgi-sqlalchemy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="uwsgi-sqlalchemy",
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -633,44 +1044,95 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="answer in JSON")
         return sub
 
-    command("status", "say which release serves, with which workers, and whether it is healthy")
-    command("health", "ask the health path once more, as the unit does after a start; exit 1 unless it answers 2xx")
+    command("status", "say which release serves since when, with which workers, and whether it is healthy")
+    command("releases", "list the releases on this host, newest first")
+    command("journal", "list who activated what, when, and how it ended")
+    command("health", "ask the health path; exit 1 unless it answers 2xx")
+    prove = command("prove", "load a release as the service would, without serving; it changes nothing")
     activate = command("activate", "make a release and the wanted configuration live, or put everything back")
-    activate.add_argument("release", metavar="RELEASE", help="id of the release, a folder of /srv/uwsgi-APP/releases")
-    activate.add_argument("--check", action="store_true", help="change nothing, only say what would be done")
+    back = command("rollback", "go back to the previous good release, or to a named one")
+    command("reload", "renew the workers of the current release")
+    command("prune", "remove releases beyond the number to keep")
     command("note-start", "called by the unit before it starts")
+    for sub in (prove, activate):
+        sub.add_argument("release", metavar="RELEASE", help="id of a release, as `releases` lists them")
+    back.add_argument(
+        "release", metavar="RELEASE", nargs="?", default="", help="id of a release (default: the previous)"
+    )
+    activate.add_argument("--check", action="store_true", help="change nothing, only say what would be done")
+    activate.add_argument("--retry", action="store_true", help="take a release that failed before")
     return top
+
+
+def ask_health(app: App) -> str:
+    """Return that an application is healthy, or raise Failure."""
+    healthy, seen = app.health(float(app.settings["health_timeout"]))
+    if not healthy:
+        raise Failure(UNHEALTHY, f"{app.unit} is not healthy: {seen}")
+    return f"{app.unit} is healthy: {seen}"
+
+
+def prove(app: App, release: str) -> str:
+    """Return that a release can be loaded with the wanted configuration, or raise Failure."""
+    app.prove(release, app.wanted)
+    return f"release {release} of {app.unit} can be loaded"
+
+
+def activate(app: App, release: str, *, retry: bool) -> dict[str, Any]:
+    """Activate a release, after finishing what an earlier run may have left. Raises Failure."""
+    app.record(release)
+    app.finish_putting_back()
+    return app.activate(release, retry=retry)
+
+
+def rollback(app: App, release: str) -> dict[str, Any]:
+    """Roll back, after finishing what an earlier run may have left. Raises Failure."""
+    if release:
+        app.record(release)
+    app.finish_putting_back()
+    return app.rollback(release)
+
+
+def execute(app: App, options: argparse.Namespace) -> Any:
+    """Carry out one command and return its result. Raises Failure."""
+    asking: dict[str, Callable[[], Any]] = {
+        "status": app.status,
+        "releases": app.list_releases,
+        "journal": app.entries,
+        "health": lambda: ask_health(app),
+        "note-start": app.note_start,
+    }
+    changing: dict[str, Callable[[], Any]] = {
+        "prove": lambda: prove(app, options.release),
+        "activate": lambda: activate(app, options.release, retry=options.retry),
+        "rollback": lambda: rollback(app, options.release),
+        "reload": app.reload,
+        "prune": lambda: f"removed: {', '.join(app.prune()) or 'nothing'}",
+    }
+    if options.command in asking:
+        return asking[options.command]()
+    if options.command == "activate" and options.check:
+        return app.activate(options.release, check=True)
+    with app.lock():
+        return changing[options.command]()
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Carry out the command line and return the exit code."""
     options = parser().parse_args(arguments)
-    result: dict[str, Any] = {}
     try:
-        app = App(options.app)
-        if options.command == "note-start":
-            app.note_start()
-            return 0
-        if options.command == "health":
-            healthy, seen = app.health(float(app.settings["health_timeout"]))
-            if not healthy:
-                raise Failure(UNHEALTHY, seen)
-            result = {"app": app.name, "healthy": True, "health": seen}
-        elif options.command == "status":
-            result = app.status()
-        else:
-            with app.lock():
-                result = app.activate(options.release, options.check)
+        result = execute(App(options.app), options)
     except Failure as failure:
         if options.json:
-            print(json.dumps({"app": options.app, "failed": True, "code": failure.code, "message": str(failure)}))
-        print(f"uwsgi-sqlalchemy: {failure}", file=sys.stderr)
+            print(json.dumps({"app": options.app, "code": failure.code, "message": str(failure)}))
+        else:
+            print(f"uwsgi-sqlalchemy: {failure}", file=sys.stderr)
         return failure.code
     if options.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key}: {value}")
+        reported = isinstance(result, dict) and "health" in result and "notes" in result
+        print(json.dumps({**result, "line": line(result)} if reported else result))
+    elif result is not None:
+        print(show(options.command, result))
     return 0
 
 

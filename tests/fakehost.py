@@ -1,0 +1,412 @@
+"""A host for the on-host program, without a host: a folder, real processes and sockets, and a systemd made of Python.
+
+What the program reads for itself is real: files, links, the unix sockets of uWSGI (application and statistics), its
+master FIFO, and worker processes whose working directory the kernel knows. What it calls is not: every command goes to
+`FakeHost.run`, which knows the few that the program uses and refuses any other.
+
+    host = FakeHost(folder, program)      one application, called shop
+    host.build("r1", answer="200 ok")     a finished release, and what its application answers
+    host.want(processes=2)                the configuration as the role's templates write it for these variables
+    host.call("activate", "shop", "r1")   the program's command line
+    host.failing["nginx -t"] = "emerg"    from now on commands with these words fail and say so
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+import stat
+import struct
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from templating import render
+
+# The files in the folder `wanted` and the templates that the role makes them of.
+WANTED = {
+    "uwsgi.ini": "uwsgi-APP/uwsgi.ini",
+    "environment": "uwsgi-APP/environment",
+    "service": "systemd/system/uwsgi-APP.service",
+    "socket": "systemd/system/uwsgi-APP.socket",
+    "nginx.conf": "nginx/sites-available/uwsgi-APP.conf",
+    "settings.json": "uwsgi-APP/settings.json",
+}
+
+
+@cache
+def rendered(variables: str) -> dict[str, str]:
+    """Return the files that the role wants for variables, given as JSON."""
+    return {name: render(template, **json.loads(variables)) for name, template in WANTED.items()}
+
+
+class Listener:
+    """A listening unix socket and the thread that answers on it. Connections left open are closed with it."""
+
+    def __init__(self, path: Path, answer: Callable[[socket.socket], bool]) -> None:
+        """Listen on `path`; `answer` gets each connection and returns whether it is done with it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.answer, self.open = path, answer, list[socket.socket]()
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.bind(str(path))
+        self.socket.listen(64)
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self) -> None:
+        """Answer one connection after the other until the socket is shut down."""
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError):
+                if not self.answer(connection):
+                    self.open.append(connection)
+                    continue
+            connection.close()
+
+    def close(self) -> None:
+        """Stop listening and remove the socket."""
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.thread.join()
+        for connection in [self.socket, *self.open]:
+            connection.close()
+        self.path.unlink()
+
+
+def asked(connection: socket.socket) -> dict[str, str]:
+    """Return the variables of a request in the uwsgi protocol (uWSGI documentation, "The uwsgi Protocol")."""
+    with connection.makefile("rb") as stream:
+        _, size, _ = struct.unpack("<BHB", stream.read(4))
+        rest = stream.read(size)
+    parts: list[str] = []
+    while rest:
+        (length,) = struct.unpack_from("<H", rest)
+        parts.append(rest[2 : 2 + length].decode())
+        rest = rest[2 + length :]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def say(connection: socket.socket, answer: str) -> bool:
+    """Answer a request with "STATUS BODY", with "silence", or by closing the connection ("close")."""
+    if answer == "silence":
+        return False
+    if answer != "close":
+        status, _, body = answer.partition(" ")
+        connection.sendall(f"HTTP/1.1 {status} X\r\nContent-Type: text/plain\r\n\r\n{body}".encode())
+    return True
+
+
+@dataclass
+class Release:
+    """How a release behaves: what it answers, where it can be imported, and whether its workers get ready."""
+
+    answer: str
+    imports: bool
+    proves: bool
+    ready: bool
+
+
+@dataclass
+class Worker:
+    """A worker: a process in the folder of its release."""
+
+    process: subprocess.Popen[bytes]
+    release: str
+
+
+@dataclass
+class Result:
+    """What the program did: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Return what it printed, as JSON."""
+        return json.loads(self.out)
+
+    @property
+    def message(self) -> str:
+        """Return why it failed, from its answer in JSON or from the end of what it said."""
+        if self.out:
+            return str(self.json["message"])
+        return self.err.rpartition("uwsgi-sqlalchemy: ")[2].removesuffix("\n")
+
+
+class FakeHost:
+    """The host, with systemd and uWSGI for one application."""
+
+    def __init__(self, root: Path, program: ModuleType, app: str = "shop") -> None:
+        """Make an empty host in the folder `root`, which must have a short path for its sockets."""
+        self.root, self.program, self.app, self.unit = root, program, app, f"uwsgi-{app}"
+        self.etc, self.home, self.wanted = (
+            root / "etc" / self.unit,
+            root / "srv" / self.unit,
+            root / "etc" / self.unit / "wanted",
+        )
+        self.current, self.releases = self.home / "current", self.home / "releases"
+        self.units = root / "etc/systemd/system"
+        self.site = root / "etc/nginx/sites-enabled" / f"{self.unit}.conf"
+        self.behaviour: dict[str, Release] = {}
+        # What tests look at and steer.
+        self.commands: list[str] = []
+        self.failing: dict[str, str] = {}
+        self.requests: list[dict[str, str]] = []
+        self.said = ""  # the service's journal
+        self.migrated = ""  # what a migration says
+        self.nginx: str | None = None  # the site that Nginx has loaded
+        # What systemd and uWSGI know.
+        self.state, self.main_pid = "inactive", 0
+        self.loaded: set[str] = set()
+        self.enabled: set[str] = set()
+        self.workers: list[Worker] = []
+        self.listeners: dict[str, Listener] = {}
+        self.fifo: threading.Thread | None = None
+        for folder in (self.wanted, self.releases, self.units, root / "run", self.site.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        """End every process and thread."""
+        self.stop_service()
+        self.stop_socket()
+
+    # --- what a deployment prepares ----------------------------------------------------------------------------------
+
+    def build(
+        self,
+        release: str,
+        answer: str = "200 ok",
+        imports: bool = True,
+        proves: bool = True,
+        ready: bool = True,
+        **more: Any,
+    ) -> None:
+        """Make a finished release.
+
+        What it `answers`; whether the service can `import` it; whether its `proof` succeeds; whether its workers get
+        `ready` for requests. `more` are entries of its release.json.
+        """
+        folder = self.releases / release
+        (folder / "app").mkdir(parents=True, exist_ok=True)
+        built = f"2026-01-01T00:00:{len(self.behaviour):02}.000000+00:00Z"
+        told = {"release": release, "built": built, "by": "ada@laptop", "source": "0" * 64}
+        told |= {"python": "cpython-311 /usr/bin/python3", "uwsgi": "debian", **more}
+        (folder / "release.json").write_text(json.dumps(told))
+        self.behaviour[release] = Release(answer, imports, proves, ready)
+
+    def want(self, settings: dict[str, Any] | None = None, **variables: Any) -> None:
+        """Write the wanted configuration; `settings` overrule those that the variables lead to."""
+        for name, text in rendered(
+            json.dumps({"app": self.app, "processes": 2, "health_timeout": 10, **variables})
+        ).items():
+            content = json.dumps({**json.loads(text), **(settings or {})}) if name == "settings.json" else text
+            (self.wanted / name).write_text(content)
+
+    def call(self, *arguments: str) -> Result:
+        """Call the program's command line."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = self.program.main(list(arguments))
+            except SystemExit as end:
+                code = end.code
+        return Result(code, out.getvalue(), err.getvalue())
+
+    # --- what tests look at ------------------------------------------------------------------------------------------
+
+    def pids(self) -> list[int]:
+        """Return the process ids of the workers."""
+        return [worker.process.pid for worker in self.workers]
+
+    def running(self) -> list[str]:
+        """Return the releases of the workers."""
+        return [worker.release for worker in self.workers]
+
+    def live(self, name: str) -> Path:
+        """Return the place where a file of the configuration is live."""
+        return {
+            "service": self.units / f"{self.unit}.service",
+            "socket": self.units / f"{self.unit}.socket",
+            "nginx.conf": self.root / "etc/nginx/sites-available" / f"{self.unit}.conf",
+        }.get(name, self.etc / name)
+
+    def files(self) -> dict[str, tuple[int, str]]:
+        """Return mode and content (of links the target) of everything but /run and the program's notes."""
+        found = {}
+        for path in sorted(self.root.rglob("*")):
+            name = path.relative_to(self.root).as_posix()
+            if not name.startswith("run") and path.name not in ("failed.json", "journal.jsonl"):
+                content = os.readlink(path) if path.is_symlink() else path.read_text() if path.is_file() else ""
+                found[name] = (stat.S_IMODE(path.lstat().st_mode), content)
+        return found
+
+    def acted(self, *ignored: str) -> list[str]:
+        """Return the commands that changed something, in order."""
+        looking = ("systemctl show", "systemctl is-enabled", "journalctl", "nginx -t", *ignored)
+        return [command for command in self.commands if not command.startswith(looking) and "--version" not in command]
+
+    # --- the commands ------------------------------------------------------------------------------------------------
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Carry out a command in place of the program's `run`."""
+        line = " ".join(command)
+        self.commands.append(line)
+        for part, said in self.failing.items():
+            if part in line:
+                return subprocess.CompletedProcess(command, 1, said)
+        carry_out: dict[str, Callable[..., tuple[int, str]]] = {
+            "systemctl": self.systemctl,
+            "journalctl": lambda *_: (0, self.said),
+            "nginx": lambda *_: (0, ""),
+            "systemd-run": self.systemd_run,
+            "uwsgi": lambda *_: (0, "2.0.21\n"),
+        }
+        code, said = carry_out[Path(command[0]).name](*command[1:])
+        return subprocess.CompletedProcess(command, code, said)
+
+    def systemd_run(self, *arguments: str) -> tuple[int, str]:
+        """Carry out a command in the service's sandbox: prove a release, or run its migration or a hook."""
+        folder = next(line for line in arguments if line.startswith("--property=WorkingDirectory="))
+        release = Path(folder).parent.name
+        if "--no-server" not in arguments:
+            return 0, self.migrated
+        if self.behaviour[release].proves:
+            return 0, ""
+        return (
+            22,
+            "*** Starting uWSGI ***\nTraceback (most recent call last):\nModuleNotFoundError: No module named 'shop'\n",
+        )
+
+    def systemctl(self, verb: str, *arguments: str) -> tuple[int, str]:
+        """Carry out systemctl for the units of the application, and for Nginx."""
+        units = [name for name in arguments if name.endswith((".service", ".socket"))]
+        if verb == "show":
+            return 0, f"ActiveState={self.state}\nMainPID={self.main_pid}\n"
+        if verb == "daemon-reload":
+            self.loaded = {path.name for path in self.units.iterdir()}
+            return 0, ""
+        if verb == "is-enabled":
+            return 0, "".join("enabled\n" if unit in self.enabled else "disabled\n" for unit in units)
+        if units == ["nginx.service"]:
+            self.nginx = self.site.read_text() if self.site.exists() else None
+            return 0, ""
+        done = (0, "")
+        for unit in units:
+            if unit not in self.loaded and verb in ("start", "restart", "enable"):
+                return 5, f"Unit {unit} not found."
+            if verb == "enable":
+                self.enabled.add(unit)
+            if verb == "disable":
+                self.enabled.discard(unit)
+            if verb in ("stop", "restart") or "--now" in arguments:
+                (self.stop_socket if unit.endswith(".socket") else self.stop_service)()
+            if verb in ("start", "restart"):
+                done = self.start_socket() if unit.endswith(".socket") else self.start_service()
+        return done
+
+    # --- the socket and the service ----------------------------------------------------------------------------------
+
+    def start_socket(self) -> tuple[int, str]:
+        """Listen where Nginx asks; without a worker requests wait."""
+        if "socket" not in self.listeners:
+            self.listeners["socket"] = Listener(self.root / "run" / f"{self.unit}.socket", self.answer)
+        return 0, ""
+
+    def stop_socket(self) -> None:
+        """Stop listening where Nginx asks."""
+        if listener := self.listeners.pop("socket", None):
+            listener.close()
+
+    def answer(self, connection: socket.socket) -> bool:
+        """Answer a request as the application of a worker does."""
+        self.requests.append(asked(connection))
+        ready = [self.behaviour[worker.release] for worker in self.workers if self.behaviour[worker.release].ready]
+        return say(connection, ready[0].answer if ready else "silence")
+
+    def start_service(self) -> tuple[int, str]:
+        """Start uWSGI as the unit describes it: note the start, start the master, wait for health."""
+        self.call("note-start", self.app)
+        self.main_pid += 1000
+        found = re.search(r"^processes = (\d+)$", self.live("uwsgi.ini").read_text(), re.M)
+        if not self.spawn(int(found[1]) if found else 1):
+            return 1, f"Job for {self.unit}.service failed.\n"
+        run = self.root / "run" / self.unit
+        run.mkdir(exist_ok=True)
+        self.listeners["stats"] = Listener(run / "stats.sock", self.tell_statistics)
+        os.mkfifo(run / "master.fifo")
+        self.fifo = threading.Thread(target=self.obey, args=(os.open(run / "master.fifo", os.O_RDWR),), daemon=True)
+        self.fifo.start()
+        self.state = "activating"
+        asked_health = self.call("health", self.app)
+        if asked_health.code:
+            self.stop_service()
+            self.state = "activating"  # Restart=always
+            self.said += asked_health.message + "\n"
+            return 1, f"Job for {self.unit}.service failed.\n"
+        self.state = "active"
+        return 0, ""
+
+    def stop_service(self) -> None:
+        """Stop the master and its workers."""
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.wait()
+        self.workers = []
+        if listener := self.listeners.pop("stats", None):
+            listener.close()
+        fifo = self.root / "run" / self.unit / "master.fifo"
+        if self.fifo and self.fifo is not threading.current_thread():
+            if self.fifo.is_alive():
+                fifo.write_bytes(b"q")
+                self.fifo.join()
+            self.fifo = None
+            fifo.unlink(missing_ok=True)
+        self.state = "inactive"
+
+    def spawn(self, count: int) -> bool:
+        """Start workers of the current release; one that cannot be imported ends the master (need-app)."""
+        release = os.readlink(self.current).rpartition("/")[2]
+        if not self.behaviour[release].imports:
+            self.said += "ModuleNotFoundError: No module named 'shop'\n"
+            self.stop_service()
+            self.state = "failed"
+            return False
+        for _ in range(count):
+            process = subprocess.Popen(["sleep", "60"], cwd=self.current / "app")
+            self.workers.append(Worker(process, release))
+        return True
+
+    def tell_statistics(self, connection: socket.socket) -> bool:
+        """Send uWSGI's statistics: a worker counts as accepting when it has imported the application."""
+        told = [
+            {"id": number, "pid": worker.process.pid, "accepting": int(self.behaviour[worker.release].ready)}
+            for number, worker in enumerate(self.workers, 1)
+        ]
+        connection.sendall(
+            json.dumps({"version": "2.0.21", "workers": [*told, {"id": 9, "pid": 0, "accepting": 0}]}).encode()
+        )
+        return True
+
+    def obey(self, fifo: int) -> None:
+        """Obey the commands on the master FIFO: c reloads one worker after the other."""
+        with os.fdopen(fifo, "rb", buffering=0) as commands:
+            while (command := commands.read(1)) != b"q":
+                for old in list(self.workers) if command == b"c" else []:
+                    if not self.spawn(1):
+                        return
+                    old.process.kill()
+                    old.process.wait()
+                    self.workers.remove(old)
