@@ -97,8 +97,8 @@ def asked(connection: socket.socket) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def say(connection: socket.socket, answer: str) -> bool:
-    """Answer a request with "STATUS BODY", with "silence", or by closing the connection ("close")."""
+def say(connection: socket.socket, answer: str, _request: dict[str, str] | None = None) -> bool:
+    """Answer a request, once it is read, with "STATUS BODY", with "silence", or by closing the connection ("close")."""
     if answer == "silence":
         return False
     if answer != "close":
@@ -109,12 +109,16 @@ def say(connection: socket.socket, answer: str) -> bool:
 
 @dataclass
 class Release:
-    """How a release behaves: what it answers, where it can be imported, and whether its workers get ready."""
+    """How a release behaves: what it answers, where it can be imported, and whether its workers get ready.
+
+    What it answers to the rehearsal is another thing, as the rehearsal would find most of what tests want to see fail.
+    """
 
     answer: str
     imports: bool
     proves: bool
     ready: bool
+    rehearsal: str
 
 
 @dataclass
@@ -181,7 +185,8 @@ class FakeHost:
     def close(self) -> None:
         """End every process and thread."""
         self.stop_service()
-        self.stop_socket()
+        for name in list(self.listeners):
+            self.stop_listening(name)
 
     # --- what a deployment prepares ----------------------------------------------------------------------------------
 
@@ -192,12 +197,13 @@ class FakeHost:
         imports: bool = True,
         proves: bool = True,
         ready: bool = True,
+        rehearsal: str = "200 ok",
         **more: Any,
     ) -> None:
         """Make a finished release.
 
-        What it `answers`; whether the service can `import` it; whether its `proof` succeeds; whether its workers get
-        `ready` for requests. `more` are entries of its release.json.
+        What it `answer`s; whether the service can `import` it; whether its proof succeeds; whether its workers get
+        `ready` for requests; what it answers in its `rehearsal`. `more` are entries of its release.json.
         """
         folder = self.releases / release
         (folder / "app").mkdir(parents=True, exist_ok=True)
@@ -205,7 +211,7 @@ class FakeHost:
         told = {"release": release, "built": built, "by": "ada@laptop", "source": "0" * 64}
         told |= {"python": "cpython-311 /usr/bin/python3", "uwsgi": "debian", **more}
         (folder / "release.json").write_text(json.dumps(told))
-        self.behaviour[release] = Release(answer, imports, proves, ready)
+        self.behaviour[release] = Release(answer, imports, proves, ready, rehearsal)
 
     def want(self, settings: dict[str, Any] | None = None, **variables: Any) -> None:
         """Write the wanted configuration; `settings` overrule those that the variables lead to."""
@@ -255,7 +261,8 @@ class FakeHost:
 
     def acted(self, *ignored: str) -> list[str]:
         """Return the commands that changed something, in order."""
-        looking = ("systemctl show", "systemctl is-enabled", "journalctl", "nginx -t", *ignored)
+        rehearsal = f"systemctl stop {self.unit}-rehearsal"
+        looking = ("systemctl show", "systemctl is-enabled", "journalctl", "nginx -t", rehearsal, *ignored)
         return [command for command in self.commands if not command.startswith(looking) and "--version" not in command]
 
     # --- the commands ------------------------------------------------------------------------------------------------
@@ -278,9 +285,14 @@ class FakeHost:
         return subprocess.CompletedProcess(command, code, said)
 
     def systemd_run(self, *arguments: str) -> tuple[int, str]:
-        """Carry out a command in the service's sandbox: prove a release, or run its migration or a hook."""
+        """Carry out a command in the service's sandbox: proof, migration, hook, or the rehearsal of a release."""
         folder = next(line for line in arguments if line.startswith("--property=WorkingDirectory="))
         release = Path(folder).parent.name
+        if f"--unit={self.unit}-rehearsal" in arguments:
+            answer = self.behaviour[release].rehearsal
+            place = self.root / "run" / f"{self.unit}-rehearsal" / "uwsgi.socket"
+            self.listeners["rehearsal"] = Listener(place, lambda connection: say(connection, answer, asked(connection)))
+            return 0, ""
         if "--no-server" not in arguments:
             return 0, self.migrated
         if self.behaviour[release].proves:
@@ -300,10 +312,13 @@ class FakeHost:
             return 0, ""
         if verb == "is-enabled":
             return 0, "".join("enabled\n" if unit in self.enabled else "disabled\n" for unit in units)
+        done = (0, "")
         if units == ["nginx.service"]:
             self.nginx = self.site.read_text() if self.site.exists() else None
-            return 0, ""
-        done = (0, "")
+            units = []
+        if units == [f"{self.unit}-rehearsal.service"]:
+            self.stop_listening("rehearsal")
+            units = []
         for unit in units:
             if unit not in self.loaded and verb in ("start", "restart", "enable"):
                 return 5, f"Unit {unit} not found."
@@ -312,7 +327,7 @@ class FakeHost:
             if verb == "disable":
                 self.enabled.discard(unit)
             if verb in ("stop", "restart") or "--now" in arguments:
-                (self.stop_socket if unit.endswith(".socket") else self.stop_service)()
+                (self.stop_listening if unit.endswith(".socket") else self.stop_service)()
             if verb in ("start", "restart"):
                 done = self.start_socket() if unit.endswith(".socket") else self.start_service()
         return done
@@ -325,9 +340,9 @@ class FakeHost:
             self.listeners["socket"] = Listener(self.root / "run" / f"{self.unit}.socket", self.answer)
         return 0, ""
 
-    def stop_socket(self) -> None:
-        """Stop listening where Nginx asks."""
-        if listener := self.listeners.pop("socket", None):
+    def stop_listening(self, name: str = "socket") -> None:
+        """Stop listening where Nginx asks, or on another socket."""
+        if listener := self.listeners.pop(name, None):
             listener.close()
 
     def answer(self, connection: socket.socket) -> bool:
@@ -365,8 +380,7 @@ class FakeHost:
             worker.process.kill()
             worker.process.wait()
         self.workers = []
-        if listener := self.listeners.pop("stats", None):
-            listener.close()
+        self.stop_listening("stats")
         fifo = self.root / "run" / self.unit / "master.fifo"
         if self.fifo and self.fifo is not threading.current_thread():
             if self.fifo.is_alive():

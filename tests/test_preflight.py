@@ -306,8 +306,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an option of the role's own": (
         {"uwsgi_options": [{"log-slow": 1}, {"lazy-apps": True}, {"lazy-apps": False}]},
-        "…uwsgi_options sets what the role keeps to itself: lazy-apps (the role sets it, so that no database connection "
-        "is shared between workers). Remove it.",
+        "…uwsgi_options sets what the role keeps to itself: lazy-apps (the role sets it, so that no database "
+        "connection is shared between workers). Remove it.",
     ),
     "every option of the role's own": (
         {"uwsgi_options": [dict.fromkeys(REFUSED, True)]},

@@ -302,9 +302,14 @@ class Client:
         if self._task:
             await self._task
 
-    def mark(self, name: str) -> None:
-        """Begin the phase `name` (``start`` is the one before), from any thread. Raises RuntimeError before the run."""
-        self._marks.append((name, self._now()))
+    def mark(self, name: str) -> float:
+        """Begin the phase `name` (``start`` is the one before), from any thread, and return the second of the run.
+
+        Raises RuntimeError before the run.
+        """
+        moment = self._now()
+        self._marks.append((name, moment))
+        return moment
 
     def report(self) -> Report:
         """Return what was seen, so far or altogether. Raises ValueError if the values repeated themselves."""

@@ -553,7 +553,7 @@ class App:
             plan.action = "restart"
             changed = [self.live_path(name) for name in plan.files]
             plan.reasons += [f"the service runs with an older {path}" for path in stale if path not in changed]
-        elif noted.get("runtime") != self.runtime(release):
+        elif (self.releases / release).exists() and noted.get("runtime") != self.runtime(release):
             plan.action = "restart"
             plan.reasons.append(f"runtime changes from {noted.get('runtime')} to {self.runtime(release)}")
         elif running is None:
@@ -699,7 +699,8 @@ class App:
         self.renew(plan.action, release)
         step("confirm", "see that every worker serves it and that it is healthy")
         seen = self.confirm(release)
-        if "nginx.conf" in plan.files:
+        # A run that was cut short may have placed the site already; Nginx has not read it before this point.
+        if "nginx.conf" in plan.files or aims["nginx.conf"] != self.content(self.undo / "nginx.conf"):
             run("systemctl", "reload-or-restart", "nginx.service")
         return seen
 
@@ -968,10 +969,10 @@ def caller() -> str:
 
 
 def first_line(failure: Failure) -> str:
-    """Return the first line of a failure's message, for the journal; of a traceback, its last line too."""
-    lines = [line for line in str(failure).splitlines() if line.strip()]
-    raised = [line for line in lines[1:] if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
-    return " ".join([lines[0], *raised[-1:]])[:400]
+    """Return a failure for the journal: its first line, and the exception or else the next line."""
+    first, *rest = [line for line in str(failure).splitlines() if line.strip()]
+    raised = [line for line in rest if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    return " ".join([first, *(raised[-1:] or rest[:1])])[:400]
 
 
 def clean(text: str) -> str:
