@@ -1,18 +1,19 @@
-"""Do one thing after the other to deployed applications while traffic runs against all of them, and record what it saw.
+"""Do one thing after the other to deployed applications under traffic, and record what the traffic saw.
 
-    with Story(applications, folder) as story:
+    with Story(applications) as story:
         story.step("deploy v2", lambda app: program(app, "activate", app.name, "1f3a…"))
         story.step("restart", lambda app: command(app, "systemctl restart %s", app.unit))
     assert story.seen("restart", host, app).traffic.ok
 
-A step is done to every application at once and is over when the last of them is done; then the next one begins. What the
-traffic of an application saw is counted from the beginning of a step to the beginning of the next one.
+A step is done to every application at once and is over when the last of them is done; then the next one begins. What
+the traffic of an application saw is counted from the beginning of a step to the beginning of the next one.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +24,28 @@ from typing import Any, Self, TypeVar
 from testkit import hosts
 from testkit.apps import Deployed
 from testkit.client import Report, Traffic
+from testkit.playbook import Played, play
 from testkit.releases import Ran, State, look
 
 Result = TypeVar("Result")
+
+
+class Play:
+    """An action that runs the scenario's playbook, once for all hosts and applications, with variables of its own."""
+
+    def __init__(self, **variables: Any) -> None:
+        self.variables = variables
+        self.lock = threading.Lock()
+        self.played: Played | None = None
+
+    def __call__(self, app: Deployed) -> Ran:
+        """Wait for the run that the first caller begins; its output is what it did on the application's host."""
+        began = time.monotonic()
+        with self.lock:
+            played = self.played = self.played or play(**self.variables)
+        counts = played.counts.get(str(app.host.backend.hostname), {})
+        said = ", ".join(f"{key}={counts[key]}" for key in ("ok", "changed", "failed") if key in counts)
+        return Ran(played.status, said, "", time.monotonic() - began)
 
 
 @dataclass
@@ -89,7 +109,7 @@ class Story:
         applications: Sequence[Deployed],
         *,
         connections: int = 16,
-        think: float = 0.15,
+        think: float = 0.3,
         path: str = "/echo/{value}",
         limit: float = 1800.0,
     ) -> None:
@@ -131,10 +151,13 @@ class Story:
         with ThreadPoolExecutor(len(self.applications)) as pool:
             return list(pool.map(action, self.applications))
 
-    def step(self, name: str, action: Callable[[Deployed], Ran], after: float = 0.5) -> list[Seen]:
+    def step(
+        self, name: str, action: Callable[[Deployed], Ran], *, after: float = 0.5, one_by_one: bool = False
+    ) -> list[Seen]:
         """Do a step to all applications, and wait for `after` seconds of traffic under what it brought about.
 
-        Raises ValueError for a name that was used already.
+        `one_by_one` keeps them from taking each other's processor time where a moment is measured. Raises ValueError
+        for a name that was used already.
         """
         if any(seen.step == name for seen in self.steps):
             raise ValueError(f"there was a step {name!r} already")
@@ -147,7 +170,7 @@ class Story:
             return Seen(name, *self.key(app), began, ran, before, look(app))
 
         began = time.monotonic()
-        done = self.everywhere(one)
+        done = [one(app) for app in self.applications] if one_by_one else self.everywhere(one)
         time.sleep(after)
         self.steps += done
         codes = " ".join(str(seen.ran.code) for seen in done)
@@ -166,5 +189,6 @@ class Story:
     def save(self, path: Path, **more: Any) -> None:
         """Write all steps to a JSON file, with what else is to be known of them."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = {**more, "steps": [seen.to_dict() for seen in self.steps]}
+        connections = max(traffic.connections for traffic in self.traffic.values())
+        record = {**more, "connections": connections, "steps": [seen.to_dict() for seen in self.steps]}
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")

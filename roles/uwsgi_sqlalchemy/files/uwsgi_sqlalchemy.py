@@ -132,7 +132,8 @@ def ask_uwsgi(path: Path, target: str, host: str, timeout: float) -> tuple[int, 
     head, _, content = answer.partition(b"\r\n\r\n")
     status = re.match(rb"HTTP/\d\.\d (\d{3})", head)
     if not status:
-        raise ConnectionError("the connection was closed without an answer")
+        # What uWSGI does when the application raises before it has begun to answer.
+        raise ConnectionResetError("the connection was closed without an answer")
     return int(status.group(1)), content.decode("utf-8", "replace")
 
 
@@ -288,8 +289,8 @@ class App:
     ) -> tuple[bool, str]:
         """Ask the health path until it answers 2xx; return whether it did and what was last seen.
 
-        It has `timeout` seconds for an answer. One that is not 2xx is asked again for PATIENCE seconds: by then a
-        database that was just starting is there, and a release that is broken should not serve for longer. Asked is
+        It has `timeout` seconds for an answer. One that is not 2xx, or broken off, may become one for PATIENCE seconds: a
+        database that was just starting is there by then, and a broken release should not serve for longer. Asked is
         what serves, or what listens at `address` with other settings, as long as its `unit` runs.
         """
         settings = settings or self.settings
@@ -305,15 +306,15 @@ class App:
                 status, body = ask_uwsgi(address or self.socket, path, str(settings["health_host"]), remaining)
                 if 200 <= status < 300:
                     return True, f"{path}: {status}"
-                seen = f"it answers {status}, not 2xx ({' '.join(body.split())[:200]})"
-                if not answered:
-                    answered, deadline = True, min(deadline, time.monotonic() + PATIENCE)
+                seen, answers = f"it answers {status}, not 2xx ({' '.join(body.split())[:200]})", True
             except socket.timeout:
                 continue
             except OSError as error:
-                seen = f"no answer ({error.strerror or error})"
+                seen, answers = f"no answer ({error.strerror or error})", isinstance(error, ConnectionResetError)
                 if unit and run("systemctl", "is-active", "-q", f"{unit}.service").returncode:
                     return False, f"{path}: {seen}"
+            if answers and not answered:
+                answered, deadline = True, min(deadline, time.monotonic() + PATIENCE)
             time.sleep(max(0.0, min(0.5 if answered else 0.1, deadline - time.monotonic())))
 
     def said(self, since: float, unit: str = "") -> str:
