@@ -23,6 +23,9 @@ scenario-%: bootstrap ## one Molecule scenario whole: make scenario-default
 docs: bootstrap ## write the variables into the role's defaults and README
 	@$(PYTHON) tools/docs.py
 
+releases-report: bootstrap ## write docs/releases.md from the last run of the scenario releases
+	@$(PYTHON) tools/releases_report.py
+
 lock: bootstrap ## lock the newest versions that requirements/tools.in allows
 	@UV_CONFIG_FILE=.venv/uv.toml .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-annotate --no-header requirements/tools.in --output-file requirements/tools.txt
@@ -36,4 +39,4 @@ distclean: clean ## clean, and what was installed and kept in this folder
 bootstrap:
 	@tools/bootstrap
 
-.PHONY: help demo test lint unit docs lock clean distclean bootstrap
+.PHONY: help demo test lint unit docs releases-report lock clean distclean bootstrap

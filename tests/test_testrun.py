@@ -105,6 +105,24 @@ def test_the_last_line_counts_everything(count: Count, status: int, capsys: pyte
     assert last == f"{count.passed} passed, {count.failed} failed, {count.skipped} skipped"
 
 
+def test_an_unfinished_scenario_is_left_out_by_name_and_counts_as_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("default", "late"):
+        (tmp_path / "molecule" / name).mkdir(parents=True)
+        (tmp_path / "molecule" / name / "molecule.yml").touch()
+    (tmp_path / "molecule" / "late" / "UNFINISHED").write_text("too slow yet\n")
+    monkeypatch.setattr(testrun, "ROOT", tmp_path)
+    for step in ("lint", "unit", "scenario"):
+        monkeypatch.setattr(testrun, step, lambda *_: Count(passed=1))
+    assert testrun.main(["all"]) == 0
+    said = capsys.readouterr().out
+    assert "=== scenario late\ntoo slow yet\n" in said
+    assert said.endswith("\n3 passed, 0 failed, 1 skipped\n")
+    assert testrun.main(["scenario", "late"]) == 0, "asked for by its name, it runs"
+    assert capsys.readouterr().out.endswith("\n1 passed, 0 failed, 0 skipped\n")
+
+
 def test_every_scenario_runs_and_shared_is_none() -> None:
     folders = {path.name for path in (testrun.ROOT / "molecule").iterdir() if path.is_dir()}
     assert set(testrun.scenarios()) == folders - {"shared"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ NOTE = 110  # characters of what the program said
 HEAD = """\
 # What deployments, faults and rollbacks did to the traffic
 
-`make releases-report` wrote this page from a run of `make scenario-releases` on {date}. From the first step to the last,
-{connections} connections to each of {sites} applications on {hosts} hosts asked one thing after the other,
-through Nginx: {requests} requests, every answer checked for its value and for the release that gave it. Each application has
-four workers with one thread (`single`) or two (`double`), and takes a second to import.
+`make releases-report` wrote this page from a run of `make scenario-releases` on {date}. From the first step to the
+last, {connections} connections to each of {sites} applications on {hosts} hosts asked one thing after the other,
+through Nginx: {requests} requests, every answer checked for its value and for the release that gave it. Each
+application has four workers with one thread (`single`) or two (`double`), and takes a second to import.
 
 {platforms}
 
@@ -67,10 +66,11 @@ def state(seen: dict[str, Any]) -> str:
     return f"{seen['current']}{others}" + (", same workers" if seen["same_workers"] else "")
 
 
-def row(step: str, group: Sequence[dict[str, Any]], names: dict[str, str]) -> str:
+def row(step: str, group: Sequence[dict[str, Any]], names: dict[str, str], columns: Sequence[tuple[str, str]]) -> str:
     """Return the table's row of one step: the sums of its applications, and what was said of them."""
     total = {key: sum(seen[key] for seen in group) for key in ("requests", "failed", "wrong")}
-    longest = " / ".join(f"{seen['longest_ms']:.0f}" for seen in group)
+    times = {(seen["host"], seen["app"]): f"{seen['longest_ms']:.0f}" for seen in group}
+    longest = " / ".join(times.get(column, "-") for column in columns)
     said = "; ".join(distinct(shortened(named(program(seen), names)) for seen in group))
     after = "; ".join(distinct(named(state(seen), names) for seen in group))
     return f"| {step} | {total['requests']} | {total['failed']} | {total['wrong']} | {longest} | {said} | {after} |"
@@ -80,8 +80,8 @@ def page(record: dict[str, Any]) -> str:
     """Return the page for a recorded story."""
     steps = record["steps"]
     names = {release: variant for found in record["names"] for variant, release in found["releases"].items()}
-    groups = [(step, list(group)) for step, group in groupby(steps, key=lambda seen: seen["step"])]
-    columns = [f"{seen['host']} `{seen['app']}`" for seen in groups[0][1]]
+    columns = distinct((seen["host"], seen["app"]) for seen in steps)
+    groups = [(step, [seen for seen in steps if seen["step"] == step]) for step in distinct(s["step"] for s in steps)]
     head = HEAD.format(
         date=record["date"],
         connections=record["connections"],
@@ -89,12 +89,12 @@ def page(record: dict[str, Any]) -> str:
         hosts=len(record["platforms"]),
         requests=sum(seen["requests"] for seen in steps),
         platforms="\n".join(f"- {host}: {', '.join(facts)}" for host, facts in record["platforms"].items()),
-        columns=", ".join(columns),
+        columns=", ".join(f"{host} `{app}`" for host, app in columns),
     )
     table = [
         "| what was done | requests | failed | wrong | longest, ms | the program | afterwards |",
         "| --- | ---: | ---: | ---: | --- | --- | --- |",
-        *(row(step, group, names) for step, group in groups),
+        *(row(step, group, names, columns) for step, group in groups),
     ]
     return head + "\n" + "\n".join(table) + "\n"
 

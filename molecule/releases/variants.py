@@ -35,6 +35,13 @@ CHANGES: dict[str, tuple[str, str, str] | None] = {
     "silent-health": ("wsgi.py", HEALTH, 'time.sleep(20)\n    return f"200 OK'),
     "failing-migration": ("migrate.py", "SECONDS = 0.0", 'raise RuntimeError("this migration fails")'),
     "slow-migration": ("migrate.py", "SECONDS = 0.0", "SECONDS = 2.0"),
+    # It looks for its modules behind the link `current`, as every worker did without uwsgi_sqlalchemy_pin.py.
+    "unpinned": (
+        "wsgi.py",
+        "engine = create_engine(",
+        "import sys\nsys.path.insert(0, str(Path(__file__).resolve().parents[3] / 'current' / 'app'))\n"
+        "engine = create_engine(",
+    ),
     "mixed": ("answers.py", 'VERSION = "mixed"', 'VERSION = "v1"'),
 }
 

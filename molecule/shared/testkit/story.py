@@ -63,8 +63,14 @@ class Seen:
 
     @property
     def right_again(self) -> float:
-        """Return the seconds from the beginning of the step to the end of its last bad request; 0.0 without any."""
-        return max((record.start + record.duration - self.began for record in self.traffic.bad), default=0.0)
+        """Return the seconds from the beginning of the step until the application served rightly again.
+
+        That is after its last bad request, and when the first of the processes that the step brought about answered.
+        """
+        ends = [(record, record.start + record.duration - self.began) for record in self.traffic.records]
+        new = self.after.workers.keys() - self.before.workers.keys()
+        first = min((end for record, end in ends if record.kind == "right" and record.pid in new), default=0.0)
+        return max([first, *(end for record, end in ends if record.kind != "right")])
 
     @property
     def noted(self) -> bool:
@@ -109,7 +115,7 @@ class Story:
         applications: Sequence[Deployed],
         *,
         connections: int = 16,
-        think: float = 0.3,
+        think: float = 0.2,
         path: str = "/echo/{value}",
         limit: float = 1800.0,
     ) -> None:
@@ -152,9 +158,15 @@ class Story:
             return list(pool.map(action, self.applications))
 
     def step(
-        self, name: str, action: Callable[[Deployed], Ran], *, after: float = 0.5, one_by_one: bool = False
+        self,
+        name: str,
+        action: Callable[[Deployed], Ran],
+        *,
+        to: Sequence[Deployed] = (),
+        after: float = 0.5,
+        one_by_one: bool = False,
     ) -> list[Seen]:
-        """Do a step to all applications, and wait for `after` seconds of traffic under what it brought about.
+        """Do a step to all applications, or to some, and wait for `after` seconds of traffic under what it brought.
 
         `one_by_one` keeps them from taking each other's processor time where a moment is measured. Raises ValueError
         for a name that was used already.
@@ -170,7 +182,9 @@ class Story:
             return Seen(name, *self.key(app), began, ran, before, look(app))
 
         began = time.monotonic()
-        done = [one(app) for app in self.applications] if one_by_one else self.everywhere(one)
+        chosen = to or self.applications
+        with ThreadPoolExecutor(1 if one_by_one else len(chosen)) as pool:
+            done = list(pool.map(one, chosen))
         time.sleep(after)
         self.steps += done
         codes = " ".join(str(seen.ran.code) for seen in done)

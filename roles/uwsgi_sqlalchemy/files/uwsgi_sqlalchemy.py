@@ -289,9 +289,9 @@ class App:
     ) -> tuple[bool, str]:
         """Ask the health path until it answers 2xx; return whether it did and what was last seen.
 
-        It has `timeout` seconds for an answer. One that is not 2xx, or broken off, may become one for PATIENCE seconds: a
-        database that was just starting is there by then, and a broken release should not serve for longer. Asked is
-        what serves, or what listens at `address` with other settings, as long as its `unit` runs.
+        It has `timeout` seconds for an answer. One that is not 2xx, or is broken off, is asked again for PATIENCE
+        seconds: a database that was just starting is there by then, and a broken release should not serve for longer.
+        Asked is what serves, or what listens at `address` with other settings, as long as its `unit` runs.
         """
         settings = settings or self.settings
         path = str(settings["health_path"])
