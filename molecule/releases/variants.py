@@ -64,6 +64,8 @@ def main(target: Path) -> None:
         make(name, target / name)
     for name in ("tiny-1", "tiny-2"):
         shutil.copytree(TINY, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        wsgi = target / name / "wsgi.py"
+        wsgi.write_text(wsgi.read_text().replace('VERSION = "tiny-1"', f'VERSION = "{name}"'))
     (target / "tiny-2" / "ballast").write_bytes(bytes(BALLAST))
 
 
