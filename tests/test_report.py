@@ -23,7 +23,8 @@ def test_a_host_without_the_program_is_told_how_to_get_it(tmp_path: Path) -> Non
         "ansible_become": False,
         "ansible_python_interpreter": sys.executable,
     }
-    command = [Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", "-e", json.dumps(given), playbook]
+    ansible = str(Path(sys.executable).parent / "ansible-playbook")
+    command = [ansible, "-i", "localhost,", "-e", json.dumps(given), str(playbook)]
     environment = {**os.environ, "ANSIBLE_HOME": str(tmp_path), "ANSIBLE_NOCOLOR": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
