@@ -172,6 +172,7 @@ class FakeHost:
         self.said = ""  # the service's journal
         self.migrated = ""  # what a migration says
         self.nginx: str | None = None  # the site that Nginx has loaded
+        self.nginx_warns = ""  # of its configuration
         # What systemd and uWSGI know.
         self.state, self.main_pid = "inactive", 0
         self.loaded: set[str] = set()
@@ -203,7 +204,8 @@ class FakeHost:
         """Make a finished release.
 
         What it `answer`s; whether the service can `import` it; whether its proof succeeds; whether its workers get
-        `ready` for requests; what it answers in its `rehearsal`. `more` are entries of its release.json.
+        `ready` for requests; what it answers in its `rehearsal` ("500 x then 200 ok": when it is loaded once and once
+        more). `more` are entries of its release.json.
         """
         folder = self.releases / release
         (folder / "app").mkdir(parents=True, exist_ok=True)
@@ -277,7 +279,7 @@ class FakeHost:
         carry_out: dict[str, Callable[..., tuple[int, str]]] = {
             "systemctl": self.systemctl,
             "journalctl": lambda *_: (0, self.said),
-            "nginx": lambda *_: (0, ""),
+            "nginx": lambda *_: (0, self.nginx_warns),
             "systemd-run": self.systemd_run,
             "uwsgi": lambda *_: (0, "2.0.21\n"),
         }
@@ -289,18 +291,19 @@ class FakeHost:
         folder = next(line for line in arguments if line.startswith("--property=WorkingDirectory="))
         release = Path(folder).parent.name
         if f"--unit={self.unit}-rehearsal" in arguments:
-            answer = self.behaviour[release].rehearsal
+            if not self.behaviour[release].proves:
+                self.said = (
+                    "*** Starting uWSGI ***\nTraceback (most recent call last):\n"
+                    "ModuleNotFoundError: No module named 'shop'\n"
+                )
+                return 1, f"Job for {self.unit}-rehearsal.service failed.\n"
+            answers = self.behaviour[release].rehearsal.split(" then ")
+            answer = answers.pop(0)
+            self.behaviour[release].rehearsal = " then ".join(answers or [answer])
             place = self.root / "run" / f"{self.unit}-rehearsal" / "uwsgi.socket"
             self.listeners["rehearsal"] = Listener(place, lambda connection: say(connection, answer, asked(connection)))
             return 0, ""
-        if "--no-server" not in arguments:
-            return 0, self.migrated
-        if self.behaviour[release].proves:
-            return 0, ""
-        return (
-            22,
-            "*** Starting uWSGI ***\nTraceback (most recent call last):\nModuleNotFoundError: No module named 'shop'\n",
-        )
+        return 0, self.migrated
 
     def systemctl(self, verb: str, *arguments: str) -> tuple[int, str]:
         """Carry out systemctl for the units of the application, and for Nginx."""

@@ -150,6 +150,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "…source has exclude and sha256, which package does not use: sha256 and strip_components belong to archive, "
         "version to git, exclude to directory and git. Remove it.",
     ),
+    "a zip whose folders are to go": (
+        {"source": {"archive": "https://shop.example/shop.zip", "sha256": SHA256, "strip_components": 1}},
+        "…source.strip_components works with tar archives, and https://shop.example/shop.zip is a zip. Remove it, and "
+        "name the folder inside in uwsgi_sqlalchemy_pythonpath.",
+    ),
     "a directory that is not there": (
         {"source": {"directory": "shpo"}},
         "…source names shpo, which does not exist on the controller. Relative paths start where ansible-playbook was "

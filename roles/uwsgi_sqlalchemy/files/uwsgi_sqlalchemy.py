@@ -183,6 +183,7 @@ class App:
         self.socket = root / "run" / f"{self.unit}.socket"
         self.started = root / "run" / f"{self.unit}.started"
         self.proof = root / "run" / f"{self.unit}.proof.ini"
+        self.rehearsal = root / "run" / f"{self.unit}-rehearsal" / "uwsgi.socket"
         self.locked = root / "run" / f"{self.unit}.lock"
         self.stats = root / "run" / self.unit / "stats.sock"
         self.fifo = root / "run" / self.unit / "master.fifo"
@@ -319,6 +320,7 @@ class App:
 
     def said(self, since: float, unit: str = "") -> str:
         """Return what the service's journal says since a moment (seconds of the epoch), at most 40 lines of it."""
+        run("journalctl", "--sync")  # what a process said that has just ended may not be there yet
         command = ("journalctl", "-u", f"{unit or self.unit}.service", f"--since=@{int(since)}", "-o", "cat")
         return run(*command, "--no-pager", "-n", "40").stdout.strip()
 
@@ -359,9 +361,12 @@ class App:
         earlier = there[: there.index(current)] if current in there else there
         return earlier[-1] if earlier else ""
 
-    def schema(self, release: str) -> str:
-        """Return the schema that the database had when a release was last activated, as far as it was recorded."""
-        found = [entry for entry in self.entries() if entry["release"] == release and entry.get("schema")]
+    def schema(self, release: str = "") -> str:
+        """Return the schema that the database had when a release was last migrated to, as far as it was recorded.
+
+        Without a release it is the one that the database was left at by whichever was the last.
+        """
+        found = [entry for entry in self.entries() if entry.get("schema") and release in ("", entry["release"])]
         return str(found[-1]["schema"]) if found else ""
 
     # --- called by the unit ----------------------------------------------------------------------------------------
@@ -424,64 +429,75 @@ class App:
                 "Correct uwsgi_sqlalchemy_uwsgi_options; nothing was changed.",
             )
 
-    def prove(self, release: str, folder: Path | None = None) -> None:
-        """Load the release just as the service would, without serving. Raises Failure with what uWSGI said.
+    @contextlib.contextmanager
+    def loaded(self, release: str, folder: Path | None) -> Iterator[None]:
+        """Have the release loaded just as the service would, on a socket that no traffic reaches, until the end.
 
-        The load happens in one process and not in a lazy worker: there uWSGI exits 0 whatever becomes of the
-        application. It does the same where it has no socket to serve on (numproc in core/uwsgi.c), so it is told of
-        one, which --no-server keeps it from opening.
+        Raises Failure with what uWSGI said when it cannot be. It is loaded in one process and not in a lazy worker:
+        there uWSGI reports itself ready whatever becomes of the application.
         """
         self.record(release)
         self.check_ini(folder, release)
-        settings = self.read_settings(folder or self.etc)
-        limit = ("/usr/bin/timeout", "--kill-after=5", str(settings["health_timeout"]))
-        with self.loading(folder, release, f"{self.proof}.socket", "--no-server") as command:
-            done = self.sandboxed(folder, release, ("--wait", "--pipe"), *limit, *command)
-        if done.returncode:
-            slow = f" within {settings['health_timeout']} s" if done.returncode in (124, 137) else ""
-            raise Failure(
-                REFUSED,
-                f"release {release} cannot be loaded{slow}; it was not activated. uWSGI said:\n{clean(done.stdout)}",
+        settings, since, unit = self.read_settings(folder or self.etc), time.time(), f"{self.unit}-rehearsal"
+        run("systemctl", "stop", f"{unit}.service")  # of a run that was killed
+        write(self.proof, self.proof_ini(release, folder).encode(), 0o644)
+        try:
+            done = self.sandboxed(
+                folder,
+                release,
+                (
+                    *(f"--unit={unit}", f"--property=RuntimeDirectory={unit}"),
+                    *("--property=Type=notify", f"--property=TimeoutStartSec={settings['health_timeout']}"),
+                    *("--property=TimeoutStopSec=5", "--property=RuntimeMaxSec=1h"),
+                ),
+                *(self.binary(release, settings), "--ini", str(self.proof), "--need-app", "--disable-logging"),
+                *(f"--socket={self.rehearsal}", "--processes=1"),
             )
+            if done.returncode:
+                slow = time.time() - since >= float(settings["health_timeout"])
+                within = f" within {settings['health_timeout']} s" if slow else ""
+                said = clean(self.said(since, unit) or done.stdout)
+                raise Failure(
+                    REFUSED, f"release {release} cannot be loaded{within}; it was not activated. uWSGI said:\n{said}"
+                )
+            yield
+        finally:
+            run("systemctl", "stop", f"{unit}.service")
+            self.proof.unlink()
 
-    @contextlib.contextmanager
-    def loading(self, folder: Path | None, release: str, address: str, *options: str) -> Iterator[tuple[str, ...]]:
-        """Give the command that loads a release in one process: the ini without what belongs to serving."""
+    def proof_ini(self, release: str, folder: Path | None) -> str:
+        """Return the ini that loads a release: the service's without what belongs to serving."""
         loads = re.compile(
             r"(\[|strict|plugins?(-dir)?|virtualenv|pythonpath|module|single-interpreter|need-app|enable-threads"
             r"|env|set(-ph|-placeholder)?|(py|python-)?import|py-?argv|buffer-size|post-buffering)\b"
         )
         ini = (self.configuration(folder)["uwsgi.ini"] or b"").decode()
         kept = "\n".join(line for line in ini.splitlines() if loads.match(line))
-        text = kept.replace(f"{self.current}/", f"{self.releases / release}/")
-        write(self.proof, text.encode() + b"\n", 0o644)
-        binary = self.binary(release, self.read_settings(folder or self.etc))
-        try:
-            yield (binary, "--ini", str(self.proof), "--need-app", f"--socket={address}", "--processes=1", *options)
-        finally:
-            self.proof.unlink()
+        return kept.replace(f"{self.current}/", f"{self.releases / release}/") + "\n"
 
-    def rehearse(self, release: str, folder: Path | None) -> None:
-        """Let the release answer its health path once, on a socket that no traffic reaches. Raises Failure.
+    def prove(self, release: str, folder: Path | None = None) -> None:
+        """See that the release can be loaded. Raises Failure with what uWSGI said."""
+        with self.loaded(release, folder):
+            pass
+
+    def rehearse(self, release: str, folder: Path | None, again: Callable[[], None] | None) -> None:
+        """Ask the health path of a release that is `loaded`. Raises Failure.
 
         It finds what loads and then fails at the first request, with the wanted configuration, before anybody sees it.
+        `again` loads the release anew: what it read of the database then may be older than its migration.
         """
-        unit, since = f"{self.unit}-rehearsal", time.time()
-        address = self.root / "run" / unit / "uwsgi.socket"
-        settings = self.read_settings(folder or self.etc)
-        with self.loading(folder, release, str(address), "--disable-logging") as command:
-            options = (f"--unit={unit}", f"--property=RuntimeDirectory={unit}", "--property=Type=exec")
-            started = self.sandboxed(folder, release, options, *command)
-            try:
-                healthy, seen = self.health(float(settings["health_timeout"]), settings, address, unit)
-            finally:
-                run("systemctl", "stop", f"{unit}.service")
-        if started.returncode or not healthy:
-            said = clean(started.stdout or self.said(since, unit))
+        settings, since, unit = self.read_settings(folder or self.etc), time.time(), f"{self.unit}-rehearsal"
+        timeout = float(settings["health_timeout"])
+        healthy, seen = self.health(timeout, settings, self.rehearsal, unit)
+        if not healthy and again:
+            again()
+            healthy, seen = self.health(timeout, settings, self.rehearsal, unit)
+        if not healthy:
+            migrated = "\nThe migration has run." if again else ""
             raise Failure(
                 REFUSED,
                 f"release {release} does not answer its health path with this configuration; it was not activated."
-                f" {seen}\n{said}\nThe migration, if there is one, has run.",
+                f" {seen}\n{clean(self.said(since, unit))}{migrated}",
             )
 
     def run_for(self, release: str, setting: str, *prefix: str) -> str:
@@ -576,12 +592,22 @@ class App:
         """Put the Nginx site in place if Nginx accepts its whole configuration with it, else take it back."""
         before, enabled = self.content(self.live_path("nginx.conf")), self.site_link.is_symlink()
         self.place("nginx.conf", content)
-        tested = run("nginx", "-t", "-q")
-        if not tested.returncode:
+        tested = run("nginx", "-t")
+        # Nginx only warns of two sites with one name, and never sends the second of them a request.
+        names = " ".join(re.findall(r"server_name([^;]*);", (content or b"").decode())).split()
+        taken = set(names) & set(re.findall(r'conflicting server name "([^"]*)"', tested.stdout))
+        if not tested.returncode and not taken:
             return
         self.place("nginx.conf", before)
         if not enabled:
             self.site_link.unlink(missing_ok=True)
+        if taken:
+            raise Failure(
+                REFUSED,
+                f"Nginx has another site for {' and '.join(sorted(taken))}, which would take the requests from"
+                f" {self.unit} or lose its own:\n{tested.stdout.strip()}\n"
+                "Correct uwsgi_sqlalchemy_server_names, or remove the other site.",
+            )
         advice = "Correct uwsgi_sqlalchemy_nginx_options, uwsgi_sqlalchemy_listen or uwsgi_sqlalchemy_server_names."
         if run("nginx", "-t", "-q").returncode:
             advice = "It refused it before this change too: repair the file named above."
@@ -727,7 +753,7 @@ class App:
             return {**report, "seconds": 0.0, "health": seen, "workers": self.settings["processes"]}
         more: dict[str, Any] = {"from": previous, "how": plan.action}
         try:
-            more.update(self.prepare(release, folder, plan, retry=retry, rollback=rollback))
+            self.prepare(release, folder, plan, more, retry=retry, rollback=rollback)
             seen = self.make_live(plan, release, folder)
         except (Failure, OSError) as error:
             failure = error if isinstance(error, Failure) else Failure(PUT_BACK, str(error))
@@ -740,44 +766,64 @@ class App:
         more["seconds"] = report["seconds"] = round(time.monotonic() - began, 1)
         self.note(action, release, "ok", **more)
         shutil.rmtree(self.undo)
-        report["notes"] = self.notes(release, previous) if rollback else []
+        report["notes"] = self.notes(release) if rollback else []
         self.prune()
         if not rollback and previous != release:
             step("after", "run the command after the activation, if there is one")
             self.run_for(release, "after_activate")
         return {**report, "health": seen, "workers": self.settings["processes"]}
 
-    def prepare(self, release: str, folder: Path | None, plan: Plan, *, retry: bool, rollback: bool) -> dict[str, str]:
-        """Do all that can fail while the old release serves on, untouched. Returns what the journal should know."""
-        learnt: dict[str, str] = {}
+    def prepare(
+        self,
+        release: str,
+        folder: Path | None,
+        plan: Plan,
+        more: dict[str, Any],
+        *,
+        retry: bool,
+        rollback: bool,
+    ) -> None:
+        """Do all that can fail while the old release serves on, untouched. `more` gets what the journal should know."""
         if not (retry or rollback):
             self.refuse_failed(release)
-        if release != self.current_release() or self.undo.is_dir():
-            step("prove", f"load release {release} as the service would, without serving")
-            self.prove(release, folder)
-            if not rollback:
-                step("migrate", "run the migration, if there is one")
-                if schema := self.migrate(release):
-                    learnt["schema"] = schema
-                step("before", "run the command before the activation, if there is one")
-                self.run_for(release, "before_activate")
-        else:
-            self.check_ini(folder, release)
-        if plan.action != "none":
-            step("rehearse", "ask its health path on a socket that no traffic reaches")
-            self.rehearse(release, folder)
         fresh = not self.undo.is_dir()
-        step("keep", "keep what is live, to put it back if need be")
-        self.keep_undo(release)
-        if "nginx.conf" in plan.files:
-            step("site", "test the Nginx site")
+        other = release != self.current_release() or not fresh
+        migrated, known = False, self.schema()
+        with contextlib.ExitStack() as proof:
+            load = other or plan.action != "none"
+            if load:
+                step("prove", f"load release {release} as the service would, where no traffic reaches it")
+                proof.enter_context(self.loaded(release, folder))
+            else:
+                self.check_ini(folder, release)
+            step("keep", "keep what is live, to put it back if need be")
+            self.keep_undo(release)
             try:
-                self.install_site(self.configuration(folder)["nginx.conf"])
-            except Failure:
+                if "nginx.conf" in plan.files:
+                    step("site", "test the Nginx site")
+                    self.install_site(self.configuration(folder)["nginx.conf"])
+                if other and not rollback:
+                    step("migrate", "run the migration, if there is one")
+                    migrated = bool(self.settings_wanted["migrate_command"])
+                    if schema := self.migrate(release):
+                        more["schema"] = schema
+                        migrated = schema != known
+                    step("before", "run the command before the activation, if there is one")
+                    self.run_for(release, "before_activate")
+                if load:
+                    step("rehearse", "ask its health path")
+
+                    def again() -> None:
+                        proof.close()
+                        proof.enter_context(self.loaded(release, folder))
+
+                    self.rehearse(release, folder, again if migrated else None)
+            except (Failure, OSError):
                 if fresh:
+                    # Of what is live the site alone has been touched, and Nginx has not read it.
+                    self.place("nginx.conf", self.content(self.undo / "nginx.conf"))
                     shutil.rmtree(self.undo)
                 raise
-        return learnt
 
     def refuse_failed(self, release: str) -> None:
         """Refuse a release that failed under traffic with this same configuration. Raises Failure with what to do."""
@@ -797,8 +843,9 @@ class App:
     def put_back(self, action: str, release: str, failure: Failure, more: dict[str, Any]) -> NoReturn:
         """Make live what was live before, see that it serves, mark the release, and fail with what happened."""
         step("back", f"it does not serve, put back what was live: {first_line(failure)}")
-        mark = {"when": now(), "message": first_line(failure), "configuration": self.fingerprint(self.wanted)}
-        write(self.releases / release / "failed.json", json.dumps(mark).encode(), 0o644)
+        if failure.code != REFUSED:  # then it has served, and failed
+            mark = {"when": now(), "message": first_line(failure), "configuration": self.fingerprint(self.wanted)}
+            write(self.releases / release / "failed.json", json.dumps(mark).encode(), 0o644)
         write(self.undo / "failed", b"", 0o600)
         before = (self.content(self.undo / "release") or b"").decode()
         try:
@@ -845,9 +892,9 @@ class App:
         """Return the configuration to roll back with: the one before a run that was cut short, else the live one."""
         return self.undo if self.undo.is_dir() else None
 
-    def notes(self, release: str, previous: str) -> list[str]:
+    def notes(self, release: str) -> list[str]:
         """Return what a person who rolls back has to know of the database."""
-        old, new = self.schema(release), self.schema(previous)
+        old, new = self.schema(release), self.schema()
         if old and new and old != new:
             return [
                 f"the database stays at schema {new}; release {release} was made for {old}. Nothing migrates it back."
