@@ -143,7 +143,15 @@ def test_zero_leaves_an_option_out(name: str, written: set[str]) -> None:
 
 
 def test_threads_are_set_when_there_are_several() -> None:
-    assert differences(INI, threads=4) == {"+ threads = 4"}
+    helped = {"+ threads = 4", "+ import = uwsgi_sqlalchemy_threads"}
+    assert {line for line in differences(INI, threads=4) if "#" not in line} == helped
+
+
+def test_a_uwsgi_that_ends_its_threads_itself_gets_no_help() -> None:
+    new = {"__uwsgi_sqlalchemy_debian_uwsgi_version": "2.0.28", "max_requests": 0}
+    assert dict(ini(threads=4, **new))["threads"] == "4"
+    assert ("import", "uwsgi_sqlalchemy_threads") not in ini(threads=4, **new)
+    assert ("import", "uwsgi_sqlalchemy_threads") in ini(threads=4)
 
 
 def test_the_module_may_lie_in_a_folder_of_the_source() -> None:
