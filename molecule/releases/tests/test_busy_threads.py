@@ -35,9 +35,12 @@ def edit(app: Deployed, expression: str) -> None:
 
 
 def test_no_request_of_a_busy_thread_is_lost(busy: Deployed) -> None:
+    began = busy.host.check_output("date +%s")
     report = reloaded(busy)
     assert report.ok, report.summary()
     assert len(report.pids) >= 8
+    # Nobody had to be killed.
+    assert "NO MERCY" not in busy.host.check_output("journalctl -u %s.service --since=@%s", busy.unit, began)
 
 
 def test_without_it_requests_would_hang_until_their_worker_is_killed(busy: Deployed) -> None:

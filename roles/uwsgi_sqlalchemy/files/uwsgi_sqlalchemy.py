@@ -44,6 +44,9 @@ UNHEALTHY, REFUSED, LOCKED, PUT_BACK, BROKEN, AFTER = 1, 3, 4, 5, 6, 7
 
 PATIENCE = 5.0  # seconds for which a wrong answer of the health path may still become a right one
 
+# How workers are replaced without a new service: by the command that uWSGI's master takes on its FIFO.
+RELOADS = {"chain reload": b"c", "graceful reload": b"r"}
+
 # What a running service has read when it started: where it differs from then, the service has to be restarted.
 READ_AT_START = ("uwsgi.ini", "environment", "service")
 
@@ -579,14 +582,19 @@ class App:
         elif running != [release]:
             if self.current_release() == release:
                 plan.reasons.append(f"workers run {', '.join(running) or 'no release'}")
-            # Chain reload replaces one worker after the other, so it needs two; uWSGI inside the release (pyuwsgi) has
-            # the old release's module path built into its master.
-            plan.action = "chain reload"
-            if self.settings["processes"] < 2 or self.settings["uwsgi"] == "pyuwsgi":
-                plan.action = "restart"
-            elif not self.fifo.is_fifo():
-                plan.action = "restart"
-                plan.reasons.append(f"uWSGI takes no commands, {self.fifo} is missing")
+            # uWSGI inside the release (pyuwsgi) has the old release's module path built into its master.
+            plan.action = "restart" if self.settings["uwsgi"] == "pyuwsgi" else self.reload_action(plan)
+
+    def reload_action(self, plan: Plan) -> str:
+        """Return how workers are replaced while the configuration stays; the plan gets the reasons."""
+        if not self.fifo.is_fifo():
+            plan.reasons.append(f"uWSGI takes no commands, {self.fifo} is missing")
+            return "restart"
+        # A master that has imported the application gives its workers nothing new until it starts over.
+        if self.settings.get("fork_mode") == "prefork":
+            return "graceful reload"
+        # One worker after the other is replaced, so there have to be two.
+        return "chain reload" if self.settings["processes"] > 1 else "restart"
 
     def install_site(self, content: bytes | None) -> None:
         """Put the Nginx site in place if Nginx accepts its whole configuration with it, else take it back."""
@@ -658,8 +666,8 @@ class App:
     def renew(self, action: str, release: str) -> None:
         """Start, restart or chain-reload the service and wait until it serves `release`; else raise Failure."""
         since = time.time()
-        if action == "chain reload":
-            self.chain_reload(release, since)
+        if action in RELOADS:
+            self.reload_workers(RELOADS[action], release, since)
         elif action != "none":
             run("systemctl", "daemon-reload")
             units = f"{self.unit}.socket", f"{self.unit}.service"
@@ -682,16 +690,16 @@ class App:
             raise Failure(PUT_BACK, f"{self.unit} is not healthy: {seen}\n{self.said(since)}".strip())
         return seen
 
-    def chain_reload(self, release: str, since: float) -> None:
-        """Have the master replace its workers one after the other and wait until each of them is new."""
+    def reload_workers(self, command: bytes, release: str, since: float) -> None:
+        """Have the master replace its workers and wait until each of them is new. Raises Failure."""
         try:
             old = [worker.pid for worker in self.workers()]
             fifo = os.open(self.fifo, os.O_WRONLY | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             raise Failure(PUT_BACK, f"uWSGI does not take commands on {self.fifo}: {error}") from error
         with os.fdopen(fifo, "wb", buffering=0) as stream:
-            stream.write(b"c")
-        # Each worker in turn finishes its request, imports the application and accepts before the next one goes.
+            stream.write(command)
+        # In a chain each worker in turn finishes its request, imports the application and accepts before the next goes.
         limit = float(self.settings["health_timeout"]) + self.settings["processes"] * float(self.settings["harakiri"])
         self.wait_for_workers(release, time.monotonic() + limit, old, since)
 
@@ -911,11 +919,10 @@ class App:
         return self.activate(target, rollback=True)
 
     def reload(self) -> dict[str, Any]:
-        """Renew all workers of the current release, one after the other where that can be done. Raises Failure."""
+        """Renew all workers of the current release, without a restart where that can be done. Raises Failure."""
         began, release = time.monotonic(), self.current_release()
         self.record(release)
-        one_by_one = self.settings["processes"] > 1 and self.running_releases() is not None and self.fifo.is_fifo()
-        action = "chain reload" if one_by_one else "restart"
+        action = "restart" if self.running_releases() is None else self.reload_action(Plan())
         step("renew", f"renew the workers: {action}")
         self.renew(action, release)
         report = {"app": self.name, "release": release, "from": release, "changed": True, "action": action, "notes": []}

@@ -19,16 +19,26 @@ import time
 QUIET = 29  # UWSGI_QUIET_CODE: the master replaces the worker without calling it a mishap
 
 
+def loaded() -> bool:
+    """Whether the worker has imported its application."""
+    uwsgi = sys.modules["uwsgi"]
+    return any(worker["id"] == uwsgi.worker_id() and worker["apps"] for worker in uwsgi.workers())
+
+
 def end_on_sighup() -> None:
     """Wait for SIGHUP, let every thread finish the request in its hands, and end the process."""
-    main = threading.main_thread().ident
-    while main in sys._current_frames():  # it imports the application; its threads are not there yet
-        time.sleep(0.05)
+    while not loaded():
+        time.sleep(0.1)
+    time.sleep(0.1)  # uWSGI starts its threads now
     signal.sigwait({signal.SIGHUP})
     # Ends each thread between two requests. ctypes lets go of Python's lock for the time.
     ctypes.CDLL(None).wait_for_threads()
-    # What the interpreter does at its end, and cannot do without its main thread.
-    threading._shutdown()  # type: ignore[attr-defined]
+    # What the interpreter does at its end. It cannot, as the main thread is gone, and would wait for it.
+    for call in reversed(threading._threading_atexits):  # type: ignore[attr-defined]
+        call()
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join()
     getattr(sys.modules["uwsgi"], "atexit", lambda: None)()
     atexit._run_exitfuncs()
     os._exit(QUIET)
