@@ -229,3 +229,14 @@ def test_a_person_reads_it_as_text(tmp_path: Path) -> None:
     said = run(tmp_path, "import threading\nlock = threading.Lock()\nlock.acquire()\n", "--text", "shop").stdout
     assert said.startswith("refused: held lock: a lock of shop\n    at shop.py:2 (shop, lock)\n    No worker could")
     assert run(tmp_path, "", "--text", "shop").stdout == "Nothing that a fork would share or lose.\n"
+
+
+def test_a_report_is_added_to_what_its_output_holds(tmp_path: Path) -> None:
+    (tmp_path / "empty.py").touch()
+    (tmp_path / "sqlalchemy.py").write_text("raise ImportError('absent')")
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        output.write("before\n")
+        output.flush()
+        subprocess.run((sys.executable, str(AUDIT), "empty"), cwd=tmp_path, stdout=output, timeout=60, check=True)
+    assert log.read_text() == "before\n[]\n"

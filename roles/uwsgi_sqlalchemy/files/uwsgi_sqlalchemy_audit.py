@@ -557,7 +557,11 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, os.getcwd())
     findings = audit(options.application)
-    write(options.report or "/dev/stdout", (as_text if options.text else as_json)(findings))
+    text = (as_text if options.text else as_json)(findings)
+    if options.report:
+        write(options.report, text)
+    else:
+        sys.stdout.write(text)
 
 
 if __name__ == "__main__":
