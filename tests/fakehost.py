@@ -119,6 +119,7 @@ class Release:
     proves: bool
     ready: bool
     rehearsal: str
+    audit: str
 
 
 @dataclass
@@ -180,6 +181,7 @@ class FakeHost:
         self.workers: list[Worker] = []
         self.listeners: dict[str, Listener] = {}
         self.fifo: threading.Thread | None = None
+        self.obeyed: list[str] = []
         for folder in (self.wanted, self.releases, self.units, root / "run", self.site.parent):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -199,13 +201,14 @@ class FakeHost:
         proves: bool = True,
         ready: bool = True,
         rehearsal: str = "200 ok",
+        audit: str = "[]",
         **more: Any,
     ) -> None:
         """Make a finished release.
 
         What it `answer`s; whether the service can `import` it; whether its proof succeeds; whether its workers get
         `ready` for requests; what it answers in its `rehearsal` ("500 x then 200 ok": when it is loaded once and once
-        more). `more` are entries of its release.json.
+        more); what its `audit` reports. `more` are entries of its release.json.
         """
         folder = self.releases / release
         (folder / "app").mkdir(parents=True, exist_ok=True)
@@ -213,7 +216,7 @@ class FakeHost:
         told = {"release": release, "built": built, "by": "ada@laptop", "source": "0" * 64}
         told |= {"python": "cpython-311 /usr/bin/python3", "uwsgi": "debian", **more}
         (folder / "release.json").write_text(json.dumps(told))
-        self.behaviour[release] = Release(answer, imports, proves, ready, rehearsal)
+        self.behaviour[release] = Release(answer, imports, proves, ready, rehearsal, audit)
 
     def want(self, settings: dict[str, Any] | None = None, **variables: Any) -> None:
         """Write the wanted configuration; `settings` overrule those that the variables lead to."""
@@ -301,6 +304,10 @@ class FakeHost:
             answer = answers.pop(0)
             self.behaviour[release].rehearsal = " then ".join(answers or [answer])
             place = self.root / "run" / f"{self.unit}-rehearsal" / "uwsgi.socket"
+            place.parent.mkdir(exist_ok=True)
+            ini = Path(arguments[arguments.index("--ini") + 1]).read_text()
+            if "import = uwsgi_sqlalchemy_audit\n" in ini:
+                place.with_name("audit.json").write_text(self.behaviour[release].audit)
             self.listeners["rehearsal"] = Listener(place, lambda connection: say(connection, answer, asked(connection)))
             return 0, ""
         return 0, self.migrated
@@ -418,10 +425,12 @@ class FakeHost:
         return True
 
     def obey(self, fifo: int) -> None:
-        """Obey the commands on the master FIFO: c reloads one worker after the other."""
+        """Obey the commands on the master FIFO: c reloads one worker after the other, r the whole service."""
         with os.fdopen(fifo, "rb", buffering=0) as commands:
             while (command := commands.read(1)) != b"q":
-                for old in list(self.workers) if command == b"c" else []:
+                if command == b"r":
+                    self.obeyed.append("graceful reload")
+                for old in list(self.workers) if command in b"cr" else []:
                     if not self.spawn(1):
                         return
                     old.process.kill()

@@ -391,6 +391,55 @@ def test_what_was_loaded_before_the_migration_is_loaded_again_before_it_is_judge
     assert activate(host, "r3").code == REFUSED, "without a migration there is nothing to load again for"
 
 
+# --- a master that imports the application ----------------------------------------------------------------------------
+
+FINDING = {"kind": "thread", "what": "the thread metrics", "where": "shop/metrics.py:12 (shop.metrics)"}
+FINDING |= {"advice": "Start it in the worker."}
+
+
+def findings(*verdicts: str) -> str:
+    return json.dumps([{**FINDING, "verdict": verdict} for verdict in verdicts])
+
+
+def test_a_preforking_master_starts_over_for_another_release(host: FakeHost) -> None:
+    host.want(fork_mode="prefork")
+    assert activate(host, "r1").json["action"] == "restart", "its ini has changed"
+    done = activate(host, "r2")
+    assert (done.code, done.json["action"], host.obeyed) == (DONE, "graceful reload", ["graceful reload"])
+    assert serves(host, "r2")
+    assert host.call("reload", "shop", "--json").json["action"] == "graceful reload"
+
+
+def test_what_a_guard_cannot_cure_is_refused_where_the_master_imports_it(host: FakeHost) -> None:
+    host.want(fork_mode="prefork")
+    assert activate(host, "r1").code == DONE
+    host.build("r2", audit=findings("harmless", "cured by the guard", "refused"))
+    done = activate(host, "r2")
+    assert done.code == REFUSED and serves(host, "r1") and whole(host)
+    assert "release r2 is not fit for uwsgi_sqlalchemy_fork_mode prefork; it was not activated." in done.message
+    said = "- thread (refused): the thread metrics, at shop/metrics.py:12 (shop.metrics). Start it in the worker."
+    assert done.message.count("\n- ") == 1 and said in done.message
+    assert done.message.endswith("or set uwsgi_sqlalchemy_fork_mode to lazy.")
+    host.build("r2", audit=findings("harmless", "cured by the guard"))
+    assert activate(host, "r2").code == DONE
+
+
+def test_an_audit_without_a_report_is_no_pass(host: FakeHost) -> None:
+    host.want(fork_mode="prefork")
+    host.build("r2", audit="")
+    done = activate(host, "r2")
+    assert done.code == REFUSED and "the audit of release r2 ended without a report" in done.message
+
+
+def test_where_every_worker_imports_the_application_the_audit_is_information(host: FakeHost) -> None:
+    host.build("r2", audit=findings("refused"))
+    asked = host.call("audit", "shop", "r2", "--json")
+    assert (asked.code, [one["verdict"] for one in asked.json]) == (DONE, ["refused"])
+    assert host.call("audit", "shop", "r2").out.startswith("- thread (refused): the thread metrics, at shop/metrics")
+    assert host.call("audit", "shop").out == "nothing that a fork would share or lose\n"
+    assert serves(host, "r1") and activate(host, "r2").code == DONE
+
+
 # --- activation that fails -------------------------------------------------------------------------------------------
 
 # What makes an activation of r2 fail before anything is live; and what is said.

@@ -154,6 +154,21 @@ def test_a_uwsgi_that_ends_its_threads_itself_gets_no_help() -> None:
     assert ("import", "uwsgi_sqlalchemy_threads") in ini(threads=4)
 
 
+def test_a_preforking_master_has_the_guard_and_stays_out_of_the_releases() -> None:
+    found = ini(fork_mode="prefork")
+    keys = [key for key, _ in found]
+    assert not {"lazy-apps", "lazy", "hook-post-fork"} & set(keys)
+    assert found.index(("import", "uwsgi_sqlalchemy_pin")) < found.index(("import", "uwsgi_sqlalchemy_guard"))
+    assert dict(found).items() >= {
+        ("py-call-uwsgi-fork-hooks", "true"),
+        ("enable-threads", "true"),
+        ("hook-pre-app", "chdir:/srv/uwsgi-shop/current/app"),
+        ("hook-post-app", "chdir:/"),
+        ("chdir", "/"),
+    }
+    assert "uwsgi_sqlalchemy_guard" not in dict(map(reversed, ini()))  # type: ignore[arg-type]
+
+
 def test_the_module_may_lie_in_a_folder_of_the_source() -> None:
     assert differences(INI, pythonpath="src", module="shop.web:create()") == {
         "- pythonpath = /srv/uwsgi-shop/current/app",

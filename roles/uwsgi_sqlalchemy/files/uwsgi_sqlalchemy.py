@@ -187,6 +187,7 @@ class App:
         self.started = root / "run" / f"{self.unit}.started"
         self.proof = root / "run" / f"{self.unit}.proof.ini"
         self.rehearsal = root / "run" / f"{self.unit}-rehearsal" / "uwsgi.socket"
+        self.audit_report = self.rehearsal.with_name("audit.json")
         self.locked = root / "run" / f"{self.unit}.lock"
         self.stats = root / "run" / self.unit / "stats.sock"
         self.fifo = root / "run" / self.unit / "master.fifo"
@@ -433,17 +434,19 @@ class App:
             )
 
     @contextlib.contextmanager
-    def loaded(self, release: str, folder: Path | None) -> Iterator[None]:
+    def loaded(self, release: str, folder: Path | None, *, audit: bool = False) -> Iterator[None]:
         """Have the release loaded just as the service would, on a socket that no traffic reaches, until the end.
 
         Raises Failure with what uWSGI said when it cannot be. It is loaded in one process and not in a lazy worker:
-        there uWSGI reports itself ready whatever becomes of the application.
+        there uWSGI reports itself ready whatever becomes of the application. With `audit` there are `findings` then.
         """
         self.record(release)
         self.check_ini(folder, release)
         settings, since, unit = self.read_settings(folder or self.etc), time.time(), f"{self.unit}-rehearsal"
         run("systemctl", "stop", f"{unit}.service")  # of a run that was killed
-        write(self.proof, self.proof_ini(release, folder).encode(), 0o644)
+        ini = self.proof_ini(release, folder)
+        write(self.proof, (ini + "import = uwsgi_sqlalchemy_audit\n" * audit).encode(), 0o644)
+        module = re.search(r"^module = (\S+)", ini, re.MULTILINE)
         try:
             done = self.sandboxed(
                 folder,
@@ -452,6 +455,8 @@ class App:
                     *(f"--unit={unit}", f"--property=RuntimeDirectory={unit}"),
                     *("--property=Type=notify", f"--property=TimeoutStartSec={settings['health_timeout']}"),
                     *("--property=TimeoutStopSec=5", "--property=RuntimeMaxSec=1h"),
+                    f"--setenv=UWSGI_SQLALCHEMY_AUDIT={module.group(1) if module else ''}",
+                    f"--setenv=UWSGI_SQLALCHEMY_AUDIT_REPORT={self.audit_report}",
                 ),
                 *(self.binary(release, settings), "--ini", str(self.proof), "--need-app", "--disable-logging"),
                 *(f"--socket={self.rehearsal}", "--processes=1"),
@@ -478,10 +483,33 @@ class App:
         kept = "\n".join(line for line in ini.splitlines() if loads.match(line))
         return kept.replace(f"{self.current}/", f"{self.releases / release}/") + "\n"
 
-    def prove(self, release: str, folder: Path | None = None) -> None:
-        """See that the release can be loaded. Raises Failure with what uWSGI said."""
-        with self.loaded(release, folder):
-            pass
+    def findings(self, release: str) -> list[dict[str, str]]:
+        """Return what the audit of the release that is `loaded` found. Raises Failure when there is no report."""
+        try:
+            found: list[dict[str, str]] = json.loads(self.content(self.audit_report) or b"")
+        except ValueError as error:
+            raise Failure(REFUSED, f"the audit of release {release} ended without a report: {error}") from error
+        return found
+
+    @contextlib.contextmanager
+    def proved(self, release: str, folder: Path | None) -> Iterator[None]:
+        """Have the release loaded, and audited where a master is to import it. Raises Failure with what is wrong."""
+        prefork = self.read_settings(folder or self.etc).get("fork_mode") == "prefork"
+        with self.loaded(release, folder, audit=prefork):
+            unfit = [one for one in (self.findings(release) if prefork else []) if one["verdict"] == "refused"]
+            if unfit:
+                raise Failure(
+                    REFUSED,
+                    f"release {release} is not fit for uwsgi_sqlalchemy_fork_mode prefork; it was not activated. What"
+                    f" its import did cannot be made safe for a fork:\n{audit_text(unfit)}\n"
+                    "Correct that, or set uwsgi_sqlalchemy_fork_mode to lazy.",
+                )
+            yield
+
+    def audit(self, release: str) -> list[dict[str, str]]:
+        """Return what a fork would share or lose after the import of a release. Raises Failure where that fails."""
+        with self.loaded(release or self.current_release(), self.wanted, audit=True):
+            return self.findings(release)
 
     def rehearse(self, release: str, folder: Path | None, again: Callable[[], None] | None) -> None:
         """Ask the health path of a release that is `loaded`. Raises Failure.
@@ -801,7 +829,7 @@ class App:
             load = other or plan.action != "none"
             if load:
                 step("prove", f"load release {release} as the service would, where no traffic reaches it")
-                proof.enter_context(self.loaded(release, folder))
+                proof.enter_context(self.proved(release, folder))
             else:
                 self.check_ini(folder, release)
             step("keep", "keep what is live, to put it back if need be")
@@ -823,7 +851,7 @@ class App:
 
                     def again() -> None:
                         proof.close()
-                        proof.enter_context(self.loaded(release, folder))
+                        proof.enter_context(self.proved(release, folder))
 
                     self.rehearse(release, folder, again if migrated else None)
             except (Failure, OSError):
@@ -1050,6 +1078,14 @@ def line(report: dict[str, Any]) -> str:
     )
 
 
+def audit_text(findings: list[dict[str, str]]) -> str:
+    """Return what an audit found as a person reads it."""
+    lines = [
+        f"- {one['kind']} ({one['verdict']}): {one['what']}, at {one['where']}. {one['advice']}" for one in findings
+    ]
+    return "\n".join(lines) or "nothing that a fork would share or lose"
+
+
 def table(rows: list[list[str]]) -> str:
     """Return rows as aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -1069,6 +1105,8 @@ def show(command: str, result: Any) -> str:
     if command == "journal":
         head = ["when", "who", "action", "release", "result", "how", "note"]
         return table([head, *([str(entry.get(key, "")) for key in head] for entry in result)])
+    if command == "audit":
+        return audit_text(result)
     return show_status(result) if command == "status" else str(result)
 
 
@@ -1107,9 +1145,13 @@ def parser() -> argparse.ArgumentParser:
     prove = command("prove", "load a release as the service would, without serving; it changes nothing")
     activate = command("activate", "make a release and the wanted configuration live, or put everything back")
     back = command("rollback", "go back to the previous good release, or to a named one")
+    audit = command("audit", "say what a fork would share or lose after the import of a release; it changes nothing")
     command("reload", "renew the workers of the current release")
     command("prune", "remove releases beyond the number to keep")
     command("note-start", "called by the unit before it starts")
+    audit.add_argument(
+        "release", metavar="RELEASE", nargs="?", default="", help="id of a release (default: the current)"
+    )
     for sub in (prove, activate):
         sub.add_argument("release", metavar="RELEASE", help="id of a release, as `releases` lists them")
     back.add_argument(
@@ -1130,8 +1172,8 @@ def ask_health(app: App) -> str:
 
 def prove(app: App, release: str) -> str:
     """Return that a release can be loaded with the wanted configuration, or raise Failure."""
-    app.prove(release, app.wanted)
-    return f"release {release} of {app.unit} can be loaded"
+    with app.proved(release, app.wanted):
+        return f"release {release} of {app.unit} can be loaded"
 
 
 def activate(app: App, release: str, *, retry: bool) -> dict[str, Any]:
@@ -1160,6 +1202,7 @@ def execute(app: App, options: argparse.Namespace) -> Any:
     }
     changing: dict[str, Callable[[], Any]] = {
         "prove": lambda: prove(app, options.release),
+        "audit": lambda: app.audit(options.release),
         "activate": lambda: activate(app, options.release, retry=options.retry),
         "rollback": lambda: rollback(app, options.release),
         "reload": app.reload,
