@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import inspect
 import os
 import sys
@@ -76,6 +77,8 @@ def become_worker() -> None:
     """Make this process safe to serve from; end it where that fails, for it would answer with other requests' rows."""
     try:
         discard_inherited()
+        # The collector would write into every object that it visits, and so unshare the master's.
+        gc.freeze()
         if os.getppid() == master:
             os.chdir(release)
     except BaseException:
