@@ -54,6 +54,7 @@ class Laboratory:
             trial = Trial(str(app.host.backend.hostname), mode, report)
             if mode == "plain":
                 trial.stack = stack(app) if report.counts["hung"] else []
+                trial.shared = max(map(len, held_sockets(app).values()), default=0)
                 return trial
             trial.master = int(app.show("service", "MainPID"))
             known, sockets = server_sessions(self.database, mysql), held_sockets(app)

@@ -71,6 +71,10 @@ def test_each_session_belongs_to_the_one_worker_that_answers_from_it(
     assert trial.master not in set().union(*trial.owners.values())
 
 
+def test_with_plain_preforking_one_socket_is_in_all_hands(tried: Callable[[str, str], Trial]) -> None:
+    assert tried("psycopg2", "plain").shared >= 5, "the master and four workers"
+
+
 def test_workers_were_recycled(tried: Callable[[str, str], Trial]) -> None:
     for mode in SAFE_MODES:
         assert tried("psycopg, 4 threads, recycled", mode).recycled >= 4

@@ -70,6 +70,7 @@ class Trial:
     owners: dict[str, set[int]] = field(default_factory=dict)
     master: int = 0
     stack: list[str] = field(default_factory=list)  # of a worker that hung
+    shared: int = 0  # how many processes hold the most widely held socket to the database
     recycled: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +94,7 @@ class Trial:
             "slice": SLICE,
             "timeline": timeline,
             "sessions": len(self.owners),
+            "shared": self.shared,
             "stack": self.stack,
         }
 
