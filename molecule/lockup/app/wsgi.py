@@ -71,7 +71,10 @@ class Async:
 database = Async() if URL.get_driver_name() == "psycopg_async" else Sync()
 jobs: queue.Queue[threading.Event] = queue.Queue()
 lock = threading.Lock()
-needed = lambda: None  # noqa: E731 (what a request needs of the background thread)
+
+
+def nothing() -> None:
+    """Need no background thread."""
 
 
 def serve_jobs() -> None:
@@ -100,6 +103,7 @@ def take_the_lock() -> None:
         pass
 
 
+needed = nothing  # of the background thread, by every request
 at_import = os.environ["AT_IMPORT"]
 if at_import == "query":
     if isinstance(database, Async):

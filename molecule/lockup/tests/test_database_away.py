@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from itertools import product
 
 import pytest
-from conftest import Laboratory
 from testinfra.host import Host
 from testkit import hosts
 from testkit.client import Report, Traffic
-from testkit.lab import everywhere
+from testkit.lab import Laboratory, everywhere
 
 testinfra_hosts = hosts.urls("web")
 

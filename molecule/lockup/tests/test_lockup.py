@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Laboratory
 from testinfra.host import Host
 from testkit import hosts
-from testkit.lab import Trial
+from testkit.lab import Laboratory, Trial
 
 testinfra_hosts = hosts.urls("web")
 

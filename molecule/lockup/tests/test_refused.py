@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from conftest import Laboratory
 from testinfra.host import Host
 from testkit import hosts
-from testkit.lab import Trial, everywhere, plain
+from testkit.lab import Laboratory, Load, Trial, everywhere, plain
 from testkit.releases import State, look, program
 
 testinfra_hosts = hosts.urls("web")
 
-HANGS = {"count": 40, "connections": 16, "timeout": 4}
-RIGHT = {"count": 500, "connections": 16}
+HANGS: Load = {"count": 40, "connections": 16, "timeout": 4}
+RIGHT: Load = {"count": 500, "connections": 16}
 
 
 @dataclass
@@ -46,9 +45,9 @@ def refused(laboratory: Laboratory) -> dict[str, Refused]:
         found[at_import] = Refused(said, before, after)
         if at_import != "checked-out":
             everywhere(laboratory.apps, plain)
-            laboratory.trial(f"a {at_import} at import", "plain", **HANGS)
+            laboratory.trial(f"a {at_import} at import", "plain", HANGS)
         laboratory.deploy(mode="lazy", at_import=at_import)
-        laboratory.trial(f"a {at_import} at import", "lazy", **RIGHT)
+        laboratory.trial(f"a {at_import} at import", "lazy", RIGHT)
     return found
 
 

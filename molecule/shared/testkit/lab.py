@@ -8,24 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
 
 from testinfra.host import Host
 
 from testkit import hosts
 from testkit.apps import Deployed
 from testkit.client import Client, Report
+from testkit.playbook import play
 from testkit.releases import command, program
 
 Result = TypeVar("Result")
 
+
+class Load(TypedDict, total=False):
+    """How many requests, over how many connections, and seconds after which one of them hangs."""
+
+    count: int
+    connections: int
+    timeout: float
+
+
 GUARD = ("import = uwsgi_sqlalchemy_guard", "py-call-uwsgi-fork-hooks = true")
 # Without its health check: what hangs would not be started, and it is to be seen hanging.
 WITHOUT_HEALTH = "[Service]\nExecStartPost=\nTimeoutStopSec=5\n"
+SAFE: Load = {"count": 10_000, "connections": 64}
+PLAIN: Load = {"count": 200, "connections": 16, "timeout": 5}
 SLICE = 0.25  # seconds of a timeline's step
 
 
@@ -139,3 +154,71 @@ def stack(app: Deployed) -> list[str]:
     said = app.host.run("gdb --batch -p %s -ex bt", str(busy[0])).stdout
     frames = [re.sub(r"\s+", " ", line) for line in str(said).splitlines() if re.match(r"#\d+ ", line)]
     return [re.sub(r"0x[0-9a-f]{8,} in |\(.*", "", frame).strip() for frame in frames][:16]
+
+
+@dataclass
+class Laboratory:
+    """The application on both hosts, the database, and the trials made so far."""
+
+    apps: list[Deployed]
+    database: Host
+    trials: dict[tuple[str, str, str], Trial] = field(default_factory=dict)  # by case, mode and host
+
+    def deploy(self, **variables: Any) -> str:
+        """Play the role with these variables and return what it said; raises AssertionError when it fails."""
+        played = play(limit="web", **variables)
+        if played.status:
+            raise AssertionError(played.output[-4000:])
+        return played.output
+
+    def refused(self, **variables: Any) -> str:
+        """Play the role and return what it said when it failed; raises AssertionError when it did not."""
+        played = play(limit="web", **variables)
+        if not played.status:
+            raise AssertionError("it was not refused")
+        return played.output
+
+    def trial(self, case: str, mode: str, load: Load, *, mysql: bool = False) -> None:
+        """Have many requests answered on both hosts, and look at the sessions that answered."""
+
+        def one(app: Deployed) -> Trial:
+            report = ask(app, **load)
+            trial = Trial(str(app.host.backend.hostname), mode, report)
+            if mode == "plain":
+                trial.stack = stack(app) if report.counts["hung"] else []
+                trial.shared = max(map(len, held_sockets(app).values()), default=0)
+                return trial
+            trial.master = int(app.show("service", "MainPID"))
+            known, sockets = server_sessions(self.database, mysql), held_sockets(app)
+            answered = set().union(*report.sessions.values())
+            trial.owners = {session: sockets.get(known.get(session, 0), set()) for session in answered}
+            trial.recycled = len(report.pids) - len(app.pids())
+            return trial
+
+        for trial in everywhere(self.apps, one):
+            self.trials[case, mode, trial.host] = trial
+
+    def try_all(self, case: str, *, safe: Load = SAFE, **variables: Any) -> None:
+        """Try a case in all three modes."""
+        mysql = str(variables.get("driver", "")).startswith("mysql")
+        self.deploy(mode="prefork", **variables)
+        everywhere(self.apps, plain)
+        self.trial(case, "plain", PLAIN)
+        everywhere(self.apps, guarded)
+        self.trial(case, "prefork", safe, mysql=mysql)
+        self.deploy(mode="lazy", **variables)
+        self.trial(case, "lazy", safe, mysql=mysql)
+
+    def record(self) -> None:
+        """Write the trials to where the test reports go."""
+        folder = Path(os.environ.get("TEST_REPORTS") or hosts.ROOT / ".run" / "reports" / "lockup")
+        platforms = {
+            str(app.host.backend.hostname): app.host.check_output(
+                "{ . /etc/os-release; echo $PRETTY_NAME; uwsgi --version; python3 --version; }"
+            ).splitlines()
+            for app in self.apps
+        }
+        trials = [{"case": case, **trial.to_dict()} for (case, _, _), trial in self.trials.items()]
+        record = {"date": time.strftime("%Y-%m-%d"), "platforms": platforms, "trials": trials}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "lockup.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
