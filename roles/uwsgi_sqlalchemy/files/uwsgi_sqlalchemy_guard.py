@@ -77,9 +77,9 @@ def become_worker() -> None:
     """Make this process safe to serve from; end it where that fails, for it would answer with other requests' rows."""
     try:
         discard_inherited()
-        # The collector would write into every object that it visits, and so unshare the master's.
-        gc.freeze()
         if os.getppid() == master:
+            # The collector would write into every object that it visits, and so unshare the master's.
+            gc.freeze()
             os.chdir(release)
     except BaseException:
         print("uwsgi_sqlalchemy_guard: this worker cannot discard the connections it inherited:", file=sys.stderr)
