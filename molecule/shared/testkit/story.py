@@ -28,6 +28,7 @@ from testkit.playbook import Played, play
 from testkit.releases import Ran, State, look
 
 Result = TypeVar("Result")
+SETTLE = 0.4  # seconds
 
 
 class Play:
@@ -178,6 +179,8 @@ class Story:
             before = look(app)
             traffic = self.traffic[self.key(app)]
             began = traffic.mark(name)
+            # What was sent before belongs to the step before, and is to be answered before this one can harm it.
+            time.sleep(SETTLE)
             ran = action(app)
             return Seen(name, *self.key(app), began, ran, before, look(app))
 
