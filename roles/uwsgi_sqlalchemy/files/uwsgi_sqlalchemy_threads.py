@@ -1,4 +1,4 @@
-"""Imported by the workers of a uWSGI before 2.0.25 that have several threads: let them end without losing a request.
+"""Imported where a uWSGI before 2.0.25 has workers with several threads: let them end without losing a request.
 
 On SIGHUP such a worker waits for its other threads inside the signal handler, on top of whatever its main thread was
 doing (gracefully_kill and wait_for_threads in uWSGI's core/uwsgi.c). When that is Python code, or holds a lock or a row
@@ -44,6 +44,21 @@ def end_on_sighup() -> None:
     os._exit(QUIET)
 
 
-# Every thread that is started from now on inherits it.
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-threading.Thread(target=end_on_sighup, name="uwsgi-sqlalchemy-threads", daemon=True).start()
+def take_sighup() -> None:
+    """Let a thread of its own take this worker's SIGHUP."""
+    # Every thread that is started from now on inherits it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    threading.Thread(target=end_on_sighup, name="uwsgi-sqlalchemy-threads", daemon=True).start()
+
+
+def become_worker() -> None:
+    """Do so in a worker that a preforking master has made; its own children are none of that."""
+    if os.getppid() == master:
+        take_sighup()
+
+
+master = os.getpid()
+if sys.modules["uwsgi"].worker_id():
+    take_sighup()
+else:
+    os.register_at_fork(after_in_child=become_worker)
