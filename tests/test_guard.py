@@ -95,7 +95,11 @@ def test_a_worker_uses_nothing_that_it_inherited(tmp_path: Path) -> None:
 def test_without_the_guard_it_uses_its_masters_and_drops_it_loudly(tmp_path: Path) -> None:
     """Also where the application does what SQLAlchemy documents: dispose(close=False), but drops the old pool."""
     said = facts(tmp_path, IMPORTS + ENGINE + WORKER.replace("DISPOSE", "True"))
-    assert said["connections"] == 1 and said["new"] == [False, False] and (said["directory"], said["frozen"]) == ("/", False)
+    assert (
+        said["connections"] == 1
+        and said["new"] == [False, False]
+        and (said["directory"], said["frozen"]) == ("/", False)
+    )
     assert said["sent to the master's session"].startswith("rollback ")
     assert said["sent to the master's session"].endswith("goodbye ")
 
