@@ -35,7 +35,8 @@ os.chdir("/")
 inward, outward = os.pipe()
 if os.fork() == 0:
     del inherited
-    said = {"directory": os.getcwd(), "frozen": gc.get_freeze_count() > 1000, "new": [other.pool is not pools[0], engine.pool is not pools[1]]}
+    said = {"directory": os.getcwd(), "frozen": gc.get_freeze_count() > 1000}
+    said |= {"new": [other.pool is not pools[0], engine.pool is not pools[1]]}
     del pools
     with engine.connect():
         said["connections"] = len(standin.servers)
