@@ -39,7 +39,7 @@ class Load(TypedDict, total=False):
 GUARD = ("import = uwsgi_sqlalchemy_guard", "py-call-uwsgi-fork-hooks = true")
 # Without its health check: what hangs would not be started, and it is to be seen hanging.
 WITHOUT_HEALTH = "[Service]\nExecStartPost=\nTimeoutStopSec=5\n"
-SAFE: Load = {"count": 10_000, "connections": 64}
+SAFE: Load = {"count": 5000, "connections": 64}  # on each of the two hosts
 PLAIN: Load = {"count": 200, "connections": 16, "timeout": 5}
 SLICE = 0.25  # seconds of a timeline's step
 
