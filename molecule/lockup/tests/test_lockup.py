@@ -23,7 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "psycopg2": {"driver": "postgresql+psycopg2", **BARE},
     "PyMySQL": {"driver": "mysql+pymysql", **BARE},
     "psycopg, asyncio": {"driver": "postgresql+psycopg_async", **BARE},
-    "psycopg over TLS": {"driver": "postgresql+psycopg", "query": "?sslmode=require", **BARE, "safe": FEWER},
+    "psycopg over TLS": {"driver": "postgresql+psycopg", "url_query": "?sslmode=require", **BARE, "safe": FEWER},
     "psycopg, 4 threads, recycled": {
         "driver": "postgresql+psycopg", "threads": 4, "max_requests": 200, **BARE, "safe": FEWER,
     },
