@@ -146,14 +146,15 @@ def server_sessions(database: Host, mysql: bool) -> dict[str, int]:
 
 
 def stack(app: Deployed) -> list[str]:
-    """Return what a worker that is busy with a request waits in: its native frames, the innermost first."""
+    """Return what a worker that is busy with a request waits in: its native frames with names, the innermost first."""
     stats = json.loads(json.dumps(app.stats()))
     busy = [worker["pid"] for worker in stats["workers"] if worker["status"] == "busy"]
     if not busy:
         return []
     said = app.host.run("gdb --batch -p %s -ex bt", str(busy[0])).stdout
     frames = [re.sub(r"\s+", " ", line) for line in str(said).splitlines() if re.match(r"#\d+ ", line)]
-    return [re.sub(r"0x[0-9a-f]{8,} in |\(.*", "", frame).strip() for frame in frames][:16]
+    named = [re.sub(r"^#\d+ |0x[0-9a-f]{8,} in |\(.*", "", frame).strip() for frame in frames]
+    return [frame for frame in named if frame != "??"][:16]
 
 
 @dataclass
@@ -182,11 +183,12 @@ class Laboratory:
         """Have many requests answered on both hosts, and look at the sessions that answered."""
 
         def one(app: Deployed) -> Trial:
+            # Before anybody has spoken on it and the server has closed it.
+            shared = max(map(len, held_sockets(app).values()), default=0)
             report = ask(app, **load)
-            trial = Trial(str(app.host.backend.hostname), mode, report)
+            trial = Trial(str(app.host.backend.hostname), mode, report, shared=shared)
             if mode == "plain":
                 trial.stack = stack(app) if report.counts["hung"] else []
-                trial.shared = max(map(len, held_sockets(app).values()), default=0)
                 return trial
             trial.master = int(app.show("service", "MainPID"))
             known, sockets = server_sessions(self.database, mysql), held_sockets(app)
