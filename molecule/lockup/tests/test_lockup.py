@@ -25,7 +25,11 @@ CASES: dict[str, dict[str, Any]] = {
     "psycopg, asyncio": {"driver": "postgresql+psycopg_async", **BARE},
     "psycopg over TLS": {"driver": "postgresql+psycopg", "url_query": "?sslmode=require", **BARE, "safe": FEWER},
     "psycopg, 4 threads, recycled": {
-        **{"driver": "postgresql+psycopg", "threads": 4, "max_requests": 200, **BARE, "safe": FEWER},
+        "driver": "postgresql+psycopg",
+        "threads": 4,
+        "max_requests": 200,
+        **BARE,
+        "safe": FEWER,
         # By default uWSGI lets a worker live for a minute, whatever max-requests says.
         "options": [{"min-worker-lifetime": 1}],
     },
