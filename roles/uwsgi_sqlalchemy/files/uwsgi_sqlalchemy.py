@@ -58,6 +58,15 @@ CONFIGURATION = {
 }
 
 
+# Asks Oracle's client for its version (OCIClientVersion), found by its name as the drivers find it.
+ORACLE_VERSION = """
+import ctypes
+version = [ctypes.c_int() for _ in range(5)]
+ctypes.CDLL("libclntsh.so").OCIClientVersion(*map(ctypes.byref, version))
+print(".".join(str(number.value) for number in version))
+"""
+
+
 class Failure(Exception):
     """Something a person has to know: the message says what and what to do, the code becomes the exit code."""
 
@@ -434,6 +443,8 @@ class App:
         self.record(release)
         self.check_ini(folder, release)
         settings = self.read_settings(folder or self.etc)
+        if settings.get("oracle_client"):
+            self.prove_oracle_client(release, folder)
         limit = ("/usr/bin/timeout", "--kill-after=5", str(settings["health_timeout"]))
         with self.loading(folder, release, f"{self.proof}.socket", "--no-server") as command:
             done = self.sandboxed(folder, release, ("--wait", "--pipe"), *limit, *command)
@@ -443,6 +454,27 @@ class App:
                 REFUSED,
                 f"release {release} cannot be loaded{slow}; it was not activated. uWSGI said:\n{clean(done.stdout)}",
             )
+
+    def prove_oracle_client(self, release: str, folder: Path | None) -> None:
+        """Have the service's account, in its sandbox, ask Oracle's client for its version. Raises Failure."""
+        done = self.sandboxed(folder, release, ("--wait", "--pipe"), "/usr/bin/python3", "-I", "-c", ORACLE_VERSION)
+        said = done.stdout.strip()
+        if done.returncode:
+            raise Failure(
+                REFUSED,
+                f"Oracle's client cannot be loaded as the service would load it; release {release} was not activated."
+                f" {said.splitlines()[-1] if said else 'No reason was given.'}\n"
+                "Look with `ldd /opt/oracle/instantclient/libclntsh.so` for a library that is not found.",
+            )
+        active = os.path.basename(os.path.realpath(self.root / "opt/oracle/instantclient"))
+        wanted = active.partition("_")[2].partition("-")[0].replace("_", ".")
+        if not f"{said}.".startswith(f"{wanted}."):
+            raise Failure(
+                REFUSED,
+                f"the service would load Oracle's client {said} instead of {wanted}; release {release} was not"
+                " activated. `ldconfig -p | grep libclntsh` shows the one that comes first.",
+            )
+        step("client", f"the service can load Oracle's client {said}")
 
     @contextlib.contextmanager
     def loading(self, folder: Path | None, release: str, address: str, *options: str) -> Iterator[tuple[str, ...]]:
