@@ -154,17 +154,15 @@ def test_where_libaio_has_another_name_the_client_gets_a_link(host: Any, tmp_pat
     renamed = "/lib/x86_64-linux-gnu/libaio.so.1t64"
     host.cache = f"\tlibaio.so.1t64 (libc6,x86-64) => {renamed}\n"
     host.install(sha256, tmp_path / "client.zip", 0)
-    assert os.readlink(host.link / "libaio.so.1") == renamed
-    # The loader's cache lists the link now, under the name of its own and under the library's.
-    host.cache += f"\tlibaio.so.1 (libc6,x86-64) => {host.link}/libaio.so.1\n"
+    assert os.readlink(host.link / "libaio/libaio.so.1") == renamed
     assert host.install(sha256, None, 0)["changed"] is False
-    (host.link / "libaio.so.1").unlink()
+    (host.link / "libaio/libaio.so.1").unlink()
     assert host.install(sha256, None, 0)["changed"] is True
 
 
 def test_where_libaio_has_its_usual_name_no_link_is_made(host: Any, tmp_path: Path) -> None:
     host.install(zipped(tmp_path / "client.zip"), tmp_path / "client.zip", 0)
-    assert not (host.link / "libaio.so.1").is_symlink()
+    assert not (host.link / "libaio").exists()
 
 
 def test_the_name_that_version_12_lacks_is_added(host: Any, tmp_path: Path) -> None:
@@ -340,6 +338,12 @@ def test_the_application_is_told_how_its_driver_is_to_work() -> None:
     ]
     assert environment(**THICK, environment={"ORA_PYTHON_DRIVER_TYPE": "thin"}) == ['ORA_PYTHON_DRIVER_TYPE="thin"']
     assert environment(environment={"DATABASE_URL": THIN["database_url"]}) == ['ORA_PYTHON_DRIVER_TYPE="thin"']
+
+
+def test_where_libaio_has_another_name_the_service_is_told_of_the_link() -> None:
+    told = 'LD_LIBRARY_PATH="/opt/oracle/instantclient/libaio"'
+    assert told in environment(debian=13, **CX_ORACLE)
+    assert told not in environment(debian=12, **CX_ORACLE) + environment(debian=13, **THIN)
 
 
 def test_another_client_is_another_environment_so_that_the_service_is_restarted() -> None:

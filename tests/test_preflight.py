@@ -65,7 +65,9 @@ def values(**given: Any) -> dict[str, Any]:
         "__uwsgi_sqlalchemy_local_stat": looked_for(given["source"]),
         "__uwsgi_sqlalchemy_somaxconn": {"content": b64encode(b"4096\n").decode()},
     }
-    return {**variables(**given, **registered), "ansible_facts": facts, **RULES["vars"]}
+    seen = {**variables(**given, **registered), "ansible_facts": facts, **RULES["vars"]}
+    # What is particular to the platform is read only when the platform is known to be one of the role's.
+    return {name: seen[name] for name in seen.keys() - plain("vars/Debian-12.yml").keys()}
 
 
 def problems(**given: Any) -> list[str]:

@@ -199,8 +199,10 @@ class Host:
         libaio = self.missing_libaio(name)
         if not self.check:
             if libaio:
-                (self.top / name / "libaio.so.1").unlink(missing_ok=True)
-                (self.top / name / "libaio.so.1").symlink_to(libaio)
+                folder = self.top / name / "libaio"
+                folder.mkdir(exist_ok=True)
+                (folder / "libaio.so.1").unlink(missing_ok=True)
+                (folder / "libaio.so.1").symlink_to(libaio)
             if changed:
                 new = self.top / ".new-link"
                 new.unlink(missing_ok=True)
@@ -223,16 +225,14 @@ class Host:
         return done.stdout
 
     def missing_libaio(self, name: str) -> str:
-        """Return what libaio.so.1 in the client's folder should name, or an empty text where it is not needed.
+        """Return what the client's libaio/libaio.so.1 should name, or an empty text where it is not needed.
 
-        Since Debian 13 the library is called libaio.so.1t64; on these machines nothing but the name differs.
+        Since Debian 13 the library is called libaio.so.1t64; on these machines nothing but the name differs. The
+        link has a folder of its own, which the service knows by LD_LIBRARY_PATH: ldconfig lists a library by the name
+        inside it, so it would overlook this link and add one with the library's name.
         """
-        link = self.top / name / "libaio.so.1"
-        libraries = {
-            library: path
-            for library, path in re.findall(r"^\s+(\S+) .*=> (\S+)$", self.ldconfig("-p"), re.MULTILINE)
-            if not path.startswith(str(self.top))
-        }
+        link = self.top / name / "libaio" / "libaio.so.1"
+        libraries = dict(re.findall(r"^\s+(\S+) .*=> (\S+)$", self.ldconfig("-p"), re.MULTILINE))
         renamed = str(libraries.get("libaio.so.1t64", ""))
         there = "libaio.so.1" in libraries or (link.is_symlink() and os.readlink(link) == renamed)
         return "" if there else renamed
