@@ -20,6 +20,11 @@ unit: bootstrap ## fast tests without hosts
 scenario-%: bootstrap ## one Molecule scenario whole: make scenario-default
 	@$(PYTHON) tools/testrun.py scenario $*
 
+bench: bench-releases ## every benchmark
+
+bench-%: bootstrap ## measure on the hosts of a scenario, record it in benchmarks/: make bench-releases
+	@MOLECULE_TESTS=../../benchmarks/$* tools/molecule test --scenario-name $* --no-command-borders
+
 docs: bootstrap ## write the variables into the role's defaults and README
 	@$(PYTHON) tools/docs.py
 
@@ -39,4 +44,4 @@ distclean: clean ## clean, and what was installed and kept in this folder
 bootstrap:
 	@tools/bootstrap
 
-.PHONY: help demo test lint unit docs releases-report lock clean distclean bootstrap
+.PHONY: help demo test lint unit bench docs releases-report lock clean distclean bootstrap

@@ -119,6 +119,7 @@ class Release:
     proves: bool
     ready: bool
     rehearsal: str
+    audit: str
 
 
 @dataclass
@@ -172,6 +173,7 @@ class FakeHost:
         self.said = ""  # the service's journal
         self.migrated = ""  # what a migration says
         self.nginx: str | None = None  # the site that Nginx has loaded
+        self.nginx_warns = ""  # of its configuration
         # What systemd and uWSGI know.
         self.state, self.main_pid = "inactive", 0
         self.loaded: set[str] = set()
@@ -179,6 +181,7 @@ class FakeHost:
         self.workers: list[Worker] = []
         self.listeners: dict[str, Listener] = {}
         self.fifo: threading.Thread | None = None
+        self.obeyed: list[str] = []
         for folder in (self.wanted, self.releases, self.units, root / "run", self.site.parent):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -198,12 +201,14 @@ class FakeHost:
         proves: bool = True,
         ready: bool = True,
         rehearsal: str = "200 ok",
+        audit: str = "[]",
         **more: Any,
     ) -> None:
         """Make a finished release.
 
         What it `answer`s; whether the service can `import` it; whether its proof succeeds; whether its workers get
-        `ready` for requests; what it answers in its `rehearsal`. `more` are entries of its release.json.
+        `ready` for requests; what it answers in its `rehearsal` ("500 x then 200 ok": when it is loaded once and once
+        more); what its `audit` reports. `more` are entries of its release.json.
         """
         folder = self.releases / release
         (folder / "app").mkdir(parents=True, exist_ok=True)
@@ -211,7 +216,7 @@ class FakeHost:
         told = {"release": release, "built": built, "by": "ada@laptop", "source": "0" * 64}
         told |= {"python": "cpython-311 /usr/bin/python3", "uwsgi": "debian", **more}
         (folder / "release.json").write_text(json.dumps(told))
-        self.behaviour[release] = Release(answer, imports, proves, ready, rehearsal)
+        self.behaviour[release] = Release(answer, imports, proves, ready, rehearsal, audit)
 
     def want(self, settings: dict[str, Any] | None = None, **variables: Any) -> None:
         """Write the wanted configuration; `settings` overrule those that the variables lead to."""
@@ -277,7 +282,7 @@ class FakeHost:
         carry_out: dict[str, Callable[..., tuple[int, str]]] = {
             "systemctl": self.systemctl,
             "journalctl": lambda *_: (0, self.said),
-            "nginx": lambda *_: (0, ""),
+            "nginx": lambda *_: (0, self.nginx_warns),
             "systemd-run": self.systemd_run,
             "uwsgi": lambda *_: (0, "2.0.21\n"),
         }
@@ -289,18 +294,23 @@ class FakeHost:
         folder = next(line for line in arguments if line.startswith("--property=WorkingDirectory="))
         release = Path(folder).parent.name
         if f"--unit={self.unit}-rehearsal" in arguments:
-            answer = self.behaviour[release].rehearsal
+            if not self.behaviour[release].proves:
+                self.said = (
+                    "*** Starting uWSGI ***\nTraceback (most recent call last):\n"
+                    "ModuleNotFoundError: No module named 'shop'\n"
+                )
+                return 1, f"Job for {self.unit}-rehearsal.service failed.\n"
+            answers = self.behaviour[release].rehearsal.split(" then ")
+            answer = answers.pop(0)
+            self.behaviour[release].rehearsal = " then ".join(answers or [answer])
             place = self.root / "run" / f"{self.unit}-rehearsal" / "uwsgi.socket"
+            place.parent.mkdir(exist_ok=True)
+            ini = Path(arguments[arguments.index("--ini") + 1]).read_text()
+            if "import = uwsgi_sqlalchemy_audit\n" in ini:
+                place.with_name("audit.json").write_text(self.behaviour[release].audit)
             self.listeners["rehearsal"] = Listener(place, lambda connection: say(connection, answer, asked(connection)))
             return 0, ""
-        if "--no-server" not in arguments:
-            return 0, self.migrated
-        if self.behaviour[release].proves:
-            return 0, ""
-        return (
-            22,
-            "*** Starting uWSGI ***\nTraceback (most recent call last):\nModuleNotFoundError: No module named 'shop'\n",
-        )
+        return 0, self.migrated
 
     def systemctl(self, verb: str, *arguments: str) -> tuple[int, str]:
         """Carry out systemctl for the units of the application, and for Nginx."""
@@ -415,10 +425,12 @@ class FakeHost:
         return True
 
     def obey(self, fifo: int) -> None:
-        """Obey the commands on the master FIFO: c reloads one worker after the other."""
+        """Obey the commands on the master FIFO: c reloads one worker after the other, r the whole service."""
         with os.fdopen(fifo, "rb", buffering=0) as commands:
             while (command := commands.read(1)) != b"q":
-                for old in list(self.workers) if command == b"c" else []:
+                if command == b"r":
+                    self.obeyed.append("graceful reload")
+                for old in list(self.workers) if command in b"cr" else []:
                     if not self.spawn(1):
                         return
                     old.process.kill()

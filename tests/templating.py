@@ -23,6 +23,7 @@ TEMPLATES = ROLE / "templates" / "etc"
 # What the interface requires, and what earlier tasks of a play have registered when the templates are written.
 GIVEN: dict[str, Any] = {
     "inventory_hostname": "web1",
+    "ansible_play_hosts_all": ["web1", "web2"],
     "ansible_managed": "Ansible managed",
     "ansible_playbook_python": "/usr/bin/python3",
     "role_path": str(ROLE),

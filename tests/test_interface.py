@@ -145,6 +145,13 @@ def test_the_generator_brings_it_up_to_date(stale: Path) -> None:
     assert (stale / "README.md").read_text() == (ROLE / "README.md").read_text()
 
 
+def test_the_generator_names_a_default_that_is_not_specified(stale: Path) -> None:
+    defaults = stale / "defaults" / "main.yml"
+    defaults.write_text(defaults.read_text() + "uwsgi_sqlalchemy_workers: 4\n")
+    with pytest.raises(SystemExit, match=r"uwsgi_sqlalchemy_workers, which meta/argument_specs.yml does not describe"):
+        docs.main([])
+
+
 def test_the_generator_finds_this_role_up_to_date() -> None:
     assert docs.main(["--check"]) == 0
 

@@ -152,6 +152,23 @@ def test_the_archive_is_the_same_in_every_byte(source: Path, tmp_path: Path, mon
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["a.tar.gz"]
 
 
+def test_an_interrupted_run_leaves_nothing_behind(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pack.pack(source, [], tmp_path / "one" / "a.tar.gz")
+    assert list((tmp_path / "one").iterdir()) == []
+
+
+def test_a_pattern_that_looks_like_an_option_is_a_pattern(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack.main(["--", str(source), "--help"]) == 0
+    assert capsys.readouterr().out.strip() == pack.pack(source, ["--help"])
+
+
 def test_the_archive_unpacks_to_what_was_packed(source: Path, tmp_path: Path) -> None:
     digest = pack.pack(source, [], tmp_path / "a.tar.gz")
     with tarfile.open(tmp_path / "a.tar.gz") as opened:

@@ -121,6 +121,10 @@ GOOD: dict[str, dict[str, Any]] = {
     "numbers as texts": {"processes": "4", "keep_releases": "2", "listen_queue": "4096", "max_worker_lifetime": "61"},
     "the largest numbers": {"listen_queue": 4096, "buffer_size": 65535},
     "options": {"uwsgi_options": [{"route": "a b"}, {"route": "c"}, {"log-slow": 2000, "thunder-lock": True}]},
+    "as many connections as needed": {
+        "processes": 8, "threads": 2, "pool_size": 2, "database_connections": 36,
+    },
+    "a mule in lazy mode": {"uwsgi_options": [{"mule": True}]},
     "lines": {"nginx_options": ["gzip on;"], "service_options": ["MemoryMax=2G"]},
     "writable paths": {"writable_paths": ["/srv/media", "-/srv/perhaps", "+/x"]},
     "Oracle thin": {"database_url": THICK},
@@ -229,6 +233,28 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"source": {"package": "shop==1", "sha256": OTHER, "exclude": ["docs"]}},
         "…source has exclude and sha256, which package does not use: sha256 and strip_components belong to archive, "
         "version to git, exclude to directory and git. Remove it.",
+    ),
+    "a zip whose folders are to go": (
+        {"source": {"archive": "https://shop.example/shop.zip", "sha256": SHA256, "strip_components": 1}},
+        "…source.strip_components works with tar archives, and https://shop.example/shop.zip is a zip. Remove it, and "
+        "name the folder inside in uwsgi_sqlalchemy_pythonpath.",
+    ),
+    "more threads than connections": (
+        {"threads": 8, "pool_size": 5},
+        "…threads is 8 and …pool_size 5: a worker serves as many requests at once as it has threads, and some of them "
+        "would wait for a connection until they time out. Raise pool_size or max_overflow of the application's engine, "
+        "or lower …threads.",
+    ),
+    "more workers than the database has connections": (
+        {"processes": 8, "threads": 2, "database_connections": 35},
+        "8 processes x 2 threads x 2 hosts, and 2 on each for a release that is tried out and its migration, are 36 "
+        "database connections, but …database_connections is 35. Lower …processes or …threads, or let the database "
+        "take more.",
+    ),
+    "a mule without the guard": (
+        {"fork_mode": "prefork", "uwsgi_options": [{"mule": True}, {"log-slow": 1}, {"spooler": "/x"}]},
+        "…uwsgi_options sets mule and spooler, and uWSGI forks what that starts without the guard that …fork_mode "
+        "prefork needs. Remove it, or set …fork_mode to lazy.",
     ),
     "a directory that is not there": (
         {"source": {"directory": "shpo"}},
@@ -386,8 +412,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an option of the role's own": (
         {"uwsgi_options": [{"log-slow": 1}, {"lazy-apps": True}, {"lazy-apps": False}]},
-        "…uwsgi_options sets what the role keeps to itself: lazy-apps (the role sets it, so that no database "
-        "connection is shared between workers). Remove it.",
+        "…uwsgi_options sets what the role keeps to itself: lazy-apps (use …fork_mode, which brings what "
+        "keeps workers from sharing database connections). Remove it.",
     ),
     "every option of the role's own": (
         {"uwsgi_options": [dict.fromkeys(REFUSED, True)]},

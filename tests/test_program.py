@@ -329,8 +329,8 @@ def test_proof_migration_and_hooks_run_once_per_release_in_the_services_sandbox(
         service_options=["MemoryMax=2G"],
     )
     assert activate(host, "r2").code == DONE
-    proof, migration, before, rehearsal, after = sandboxed(host)
-    for command in (proof, migration, before, rehearsal, after):
+    proof, migration, before, after = sandboxed(host)
+    for command in (proof, migration, before, after):
         for part in (
             "--property=User=uwsgi-shop",
             "--property=ProtectSystem=strict",
@@ -342,16 +342,16 @@ def test_proof_migration_and_hooks_run_once_per_release_in_the_services_sandbox(
             f"--setenv=PATH={host.releases / 'r2' / 'venv/bin'}:/usr/local/bin:/usr/bin:/bin",
         ):
             assert part in command
-        for part in ("ExecStart", "Type=notify", "Restart=", "RuntimeDirectory=uwsgi-shop ", "EnvironmentFile=/etc"):
+        for part in ("ExecStart", "Restart=", "RuntimeDirectory=uwsgi-shop ", "EnvironmentFile=/etc"):
             assert part not in command
-    assert "--need-app" in proof and "--no-server" in proof
+    assert "--need-app" in proof and "--property=Type=notify" in proof
     assert (
         migration.endswith(" alembic upgrade head") and before.endswith("bin/warm a b") and after.endswith("bin/tell")
     )
     switch = next(index for index, command in enumerate(host.commands) if "restart uwsgi-shop" in command)
-    assert host.commands.index(rehearsal) < switch < host.commands.index(after)
+    assert host.commands.index(before) < switch < host.commands.index(after)
     assert activate(host, "r2").code == DONE
-    assert len(sandboxed(host)) == 5
+    assert len(sandboxed(host)) == 4
 
 
 def test_the_proof_loads_the_release_itself_and_not_in_a_lazy_worker(
@@ -360,7 +360,7 @@ def test_the_proof_loads_the_release_itself_and_not_in_a_lazy_worker(
     loaded: list[str] = []
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
-        if "--no-server" in command:
+        if "--need-app" in command:
             loaded.append(Path(command[command.index("--ini") + 1]).read_text())
         return host.run(*command)
 
@@ -433,6 +433,64 @@ def test_a_client_that_the_service_cannot_load_is_refused(
     result = host.call("activate", "shop", "r2")
     assert (result.code, result.message) == (REFUSED, message)
     assert serves(host, "r1")
+
+
+def test_what_was_loaded_before_the_migration_is_loaded_again_before_it_is_judged(host: FakeHost) -> None:
+    host.want(migrate_command="alembic upgrade head")
+    host.build("r2", rehearsal="500 no such table then 200 ok")
+    assert activate(host, "r2").code == DONE and serves(host, "r2")
+    host.build("r3", rehearsal="500 x then 200 ok")
+    host.want()
+    assert activate(host, "r3").code == REFUSED, "without a migration there is nothing to load again for"
+
+
+# --- a master that imports the application ----------------------------------------------------------------------------
+
+FINDING = {"kind": "thread", "what": "the thread metrics", "where": "shop/metrics.py:12 (shop.metrics)"}
+FINDING |= {"advice": "Start it in the worker."}
+
+
+def findings(*verdicts: str) -> str:
+    return json.dumps([{**FINDING, "verdict": verdict} for verdict in verdicts])
+
+
+def test_a_preforking_master_starts_over_for_another_release(host: FakeHost) -> None:
+    host.want(fork_mode="prefork")
+    assert activate(host, "r1").json["action"] == "restart", "its ini has changed"
+    done = activate(host, "r2")
+    assert (done.code, done.json["action"], host.obeyed) == (DONE, "graceful reload", ["graceful reload"])
+    assert serves(host, "r2")
+    assert host.call("reload", "shop", "--json").json["action"] == "graceful reload"
+
+
+def test_what_a_guard_cannot_cure_is_refused_where_the_master_imports_it(host: FakeHost) -> None:
+    host.want(fork_mode="prefork")
+    assert activate(host, "r1").code == DONE
+    host.build("r2", audit=findings("harmless", "cured by the guard", "refused"))
+    done = activate(host, "r2")
+    assert done.code == REFUSED and serves(host, "r1") and whole(host)
+    assert "release r2 is not fit for uwsgi_sqlalchemy_fork_mode prefork; it was not activated." in done.message
+    said = "- thread (refused): the thread metrics, at shop/metrics.py:12 (shop.metrics). Start it in the worker."
+    assert done.message.count("\n- ") == 1 and said in done.message
+    assert done.message.endswith("or set uwsgi_sqlalchemy_fork_mode to lazy.")
+    host.build("r2", audit=findings("harmless", "cured by the guard"))
+    assert activate(host, "r2").code == DONE
+
+
+def test_an_audit_without_a_report_is_no_pass(host: FakeHost) -> None:
+    host.want(fork_mode="prefork")
+    host.build("r2", audit="")
+    done = activate(host, "r2")
+    assert done.code == REFUSED and "the audit of release r2 ended without a report" in done.message
+
+
+def test_where_every_worker_imports_the_application_the_audit_is_information(host: FakeHost) -> None:
+    host.build("r2", audit=findings("refused"))
+    asked = host.call("audit", "shop", "r2", "--json")
+    assert (asked.code, [one["verdict"] for one in asked.json]) == (DONE, ["refused"])
+    assert host.call("audit", "shop", "r2").out.startswith("- thread (refused): the thread metrics, at shop/metrics")
+    assert host.call("audit", "shop").out == "nothing that a fork would share or lose\n"
+    assert serves(host, "r1") and activate(host, "r2").code == DONE
 
 
 # --- activation that fails -------------------------------------------------------------------------------------------
@@ -529,6 +587,20 @@ def test_a_site_that_nginx_refuses_is_taken_back(bare: FakeHost, first: bool, mo
     assert "\nemerg: invalid parameter defualt_server\n" in done.message
     assert done.message.endswith("uwsgi_sqlalchemy_server_names.")
     assert (bare.files(), bare.nginx) == (before, loaded)
+
+
+def test_a_site_with_a_name_that_another_one_has_is_refused(host: FakeHost) -> None:
+    before = host.files()
+    host.nginx_warns = 'nginx: [warn] conflicting server name "shop.example" on 0.0.0.0:80, ignored\n'
+    host.want(server_names=["www.shop.example", "shop.example"])
+    done = activate(host, "r1")
+    assert done.code == REFUSED and "Nginx has another site for shop.example" in done.message
+    assert "uwsgi_sqlalchemy_server_names" in done.message
+    assert {name: value for name, value in host.files().items() if "/wanted/" not in name} == {
+        name: value for name, value in before.items() if "/wanted/" not in name
+    }
+    host.want(server_names=["other.example"])
+    assert activate(host, "r1").code == DONE, "a conflict between other sites is not this application's"
 
 
 def test_a_site_is_not_blamed_when_nginx_refused_before(host: FakeHost) -> None:
@@ -704,11 +776,11 @@ class Interrupted(BaseException):
 
 STEPS = [
     "prove",
+    "keep",
+    "site",
     "migrate",
     "before",
     "rehearse",
-    "keep",
-    "site",
     "configure",
     "switch",
     "renew",
@@ -767,6 +839,7 @@ def test_a_refusal_after_a_run_was_cut_short_brings_back_what_was_live_before_it
     done = activate(host, "r3")
     assert done.code == PUT_BACK and "no such table" in done.message
     assert serves(host, "r1") and whole(host)
+    assert not (host.releases / "r3" / "failed.json").exists(), "it never served"
 
 
 @pytest.mark.parametrize("at", ["configure", "switch", "renew", "confirm"])
@@ -792,7 +865,7 @@ def test_a_rollback_goes_to_the_previous_release_with_neither_migration_nor_hook
     done = host.call("rollback", "shop", "--json")
     assert (done.code, done.json["release"], done.json["from"]) == (DONE, "r1", "r2")
     assert serves(host, "r1") and whole(host)
-    assert len(sandboxed(host)) == 2, "more than proof and rehearsal"
+    assert len(sandboxed(host)) == 1, "more than the proof"
     assert not re.search(r"alembic|bin/warm|bin/tell", " ".join(sandboxed(host)))
     assert "# edited" not in host.live("environment").read_text(), "a rollback took the wanted configuration"
 
@@ -816,6 +889,16 @@ def test_a_rollback_says_that_the_schema_stays(host: FakeHost) -> None:
         assert activate(host, release).code == DONE
     (note,) = host.call("rollback", "shop", "--json").json["notes"]
     assert note == "the database stays at schema 0002; release r2 was made for 0001. Nothing migrates it back."
+
+
+def test_a_rollback_knows_the_schema_that_a_refused_release_left(host: FakeHost) -> None:
+    host.want(migrate_command="alembic upgrade head")
+    for release, schema, rehearsal in (("r2", "1", "200 ok"), ("r3", "1", "200 ok"), ("r4", "2", "500 x")):
+        host.build(release, rehearsal=rehearsal)
+        host.migrated = f"uwsgi-sqlalchemy schema: {schema}\n"
+        activate(host, release)
+    (note,) = host.call("rollback", "shop", "--json").json["notes"]
+    assert note.startswith("the database stays at schema 2; release r2 was made for 1.")
 
 
 def test_a_rollback_that_does_not_serve_is_put_back(host: FakeHost) -> None:

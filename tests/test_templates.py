@@ -143,7 +143,30 @@ def test_zero_leaves_an_option_out(name: str, written: set[str]) -> None:
 
 
 def test_threads_are_set_when_there_are_several() -> None:
-    assert differences(INI, threads=4) == {"+ threads = 4"}
+    helped = {"+ threads = 4", "+ import = uwsgi_sqlalchemy_threads"}
+    assert {line for line in differences(INI, threads=4) if "#" not in line} == helped
+
+
+def test_a_uwsgi_that_ends_its_threads_itself_gets_no_help() -> None:
+    new = {"__uwsgi_sqlalchemy_debian_uwsgi_version": "2.0.28", "max_requests": 0}
+    assert dict(ini(threads=4, **new))["threads"] == "4"
+    assert ("import", "uwsgi_sqlalchemy_threads") not in ini(threads=4, **new)
+    assert ("import", "uwsgi_sqlalchemy_threads") in ini(threads=4)
+
+
+def test_a_preforking_master_has_the_guard_and_stays_out_of_the_releases() -> None:
+    found = ini(fork_mode="prefork")
+    keys = [key for key, _ in found]
+    assert not {"lazy-apps", "lazy", "hook-post-fork"} & set(keys)
+    assert found.index(("import", "uwsgi_sqlalchemy_pin")) < found.index(("import", "uwsgi_sqlalchemy_guard"))
+    assert dict(found).items() >= {
+        ("py-call-uwsgi-fork-hooks", "true"),
+        ("enable-threads", "true"),
+        ("hook-pre-app", "chdir:/srv/uwsgi-shop/current/app"),
+        ("hook-post-app", "chdir:/"),
+        ("chdir", "/"),
+    }
+    assert "uwsgi_sqlalchemy_guard" not in dict(map(reversed, ini()))  # type: ignore[arg-type]
 
 
 def test_the_module_may_lie_in_a_folder_of_the_source() -> None:

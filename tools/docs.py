@@ -82,6 +82,8 @@ def tables(defaults: str, options: dict[str, Any]) -> str:
     for section, names in sections(defaults, options).items():
         out += ["", f"### {section}", "", "| variable | type | default | what it is |", "| --- | --- | --- | --- |"]
         for name in names:
+            if name not in options:
+                raise SystemExit(f"defaults/main.yml has {name}, which meta/argument_specs.yml does not describe")
             option = options[name]
             row(name, option, "**required**" if option.get("required") else f"`{value(option['default'])}`")
             for key, sub in option.get("options", {}).items():

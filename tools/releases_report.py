@@ -1,11 +1,13 @@
 """Turn what the scenario `releases` recorded into a page of the documentation: releases_report.py [RECORD [PAGE]].
 
-RECORD is the releases.json that a run of the scenario leaves (.run/reports/releases/), PAGE is docs/releases.md.
+RECORD is the releases.json that a run of the scenario leaves (.run/reports/releases/), PAGE is docs/releases.md. What
+`make bench-releases` measured follows below it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / ".run" / "reports" / "releases" / "releases.json"
 PAGE = ROOT / "docs" / "releases.md"
+BENCH = ROOT / "benchmarks" / "releases.json"
 NOTE = 110  # characters of what the program said
 
 HEAD = """\
@@ -37,10 +40,10 @@ def distinct(values: Iterable[Any]) -> list[Any]:
 
 
 def named(text: str, names: dict[str, str]) -> str:
-    """Return a text with the ids of releases replaced by the names of their variants."""
+    """Return a text with the ids of releases replaced by their variants, the same for every application."""
     for release, variant in names.items():
         text = text.replace(release, variant)
-    return text
+    return re.sub(r"\buwsgi-(single|double)\b", "uwsgi-APP", re.sub(r"\b20\d\d-[\d-]+T[\d:]+Z", "(when)", text))
 
 
 def shortened(text: str) -> str:
@@ -99,6 +102,34 @@ def page(record: dict[str, Any]) -> str:
     return head + "\n" + "\n".join(table) + "\n"
 
 
+BENCH_HEAD = """\
+
+## How long it takes
+
+`make bench-releases` measured this on {date}, one application after the other on an otherwise idle machine, under
+traffic that keeps one worker of four busy. "Imports" is what four workers need one after the other to import the
+application. Times are in seconds, a figure for each round; the longest request is in milliseconds.
+
+| host | application | what was done | imports | took | beyond the imports | longest request, ms |
+| --- | --- | --- | ---: | --- | ---: | --- |
+"""
+
+
+def bench(record: dict[str, Any]) -> str:
+    """Return the section for what the benchmark recorded."""
+    lines = [
+        f"| {row['host']} | `{row['app']}` | {row['action']} | {row['imports']} | {joined(row['seconds'])} |"
+        f" {row['beyond_imports']} | {joined(row['longest_ms'])} |"
+        for row in record["rows"]
+    ]
+    return BENCH_HEAD.format(date=record["date"]) + "\n".join(lines) + "\n"
+
+
+def joined(values: Iterable[Any]) -> str:
+    """Return the values of several rounds for one cell."""
+    return " / ".join(map(str, values))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Write the page and return the exit status."""
     source, target = (*map(Path, arguments), *(RECORD, PAGE)[len(arguments) :])
@@ -106,7 +137,10 @@ def main(arguments: Sequence[str]) -> int:
         print(f"releases-report: there is no {source}: run `make scenario-releases` first", file=sys.stderr)
         return 1
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page(json.loads(source.read_text(encoding="utf-8"))), encoding="utf-8")
+    text = page(json.loads(source.read_text(encoding="utf-8")))
+    if BENCH.exists():
+        text += bench(json.loads(BENCH.read_text(encoding="utf-8")))
+    target.write_text(text, encoding="utf-8")
     return 0
 
 

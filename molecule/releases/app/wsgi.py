@@ -60,18 +60,23 @@ def answer(value: str, answers: ModuleType) -> dict[str, Any]:
 
 
 def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """Answer /healthz; /echo/VALUE, with a module that is imported when it is first needed; and /late/VALUE.
+    """Answer /healthz; /echo/VALUE, with a module that is imported when it is first needed; /late/VALUE; /busy/VALUE.
 
     /late/VALUE needs that module for the first time in every request, as a page may that nobody asked for until now.
+    /busy/VALUE does its work in Python and not in the database.
     """
     _, page, value = [*environ["PATH_INFO"].split("/", 2), ""][:3]
     if page == "healthz":
         start_response(health(), [("Content-Type", "text/plain")])
         return [b"\n"]
-    if page not in {"echo", "late"}:
+    if page == "busy":
+        until = time.monotonic() + 0.05
+        while time.monotonic() < until:
+            pass
+    if page not in {"echo", "late", "busy"}:
         start_response("404 Not Found", [("Content-Type", "text/plain")])
         return [b"not found\n"]
-    answers = importlib.import_module("answers") if page == "echo" else read_again("answers")
+    answers = read_again("answers") if page == "late" else importlib.import_module("answers")
     body = json.dumps(answer(value, answers)).encode()
     start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
     return [body]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ class Told:
 
     story: Story
     full: playbook.Played
-    torsos: dict[str, list[str]]  # by host, the folders of releases that are not whole, when the disk was full
+    left: dict[str, list[str]]  # by host, the folders of releases that are not whole, after the disk was full
+    cut: dict[str, str]  # by host, the folder of a build that was cut short with no time to clear up
 
 
 def torsos(app: Deployed) -> list[str]:
@@ -31,6 +33,17 @@ def torsos(app: Deployed) -> list[str]:
         "cd /srv/uwsgi-tiny/releases && for r in *; do [ -e $r/release.json ] || echo $r; done"
     )
     return said.split()
+
+
+def cut_short(app: Deployed, output: str) -> str:
+    """Leave what a build of tiny-2 leaves whose controller was killed, and return its name."""
+    host = re.escape(str(app.host.backend.hostname))
+    found = re.search(
+        rf"\[{host}\]: FAILED!(?:(?!fatal:).)*?Release ([0-9a-f]{{12}}) could not be built", output, re.DOTALL
+    )
+    assert found, output[-3000:]
+    app.host.check_output("cd /srv/uwsgi-tiny/releases && mkdir -p %s/app && echo > %s/app/half.py", found[1], found[1])
+    return found[1]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +60,11 @@ def told() -> Told:
     with Story(tinies, connections=4) as story:
         story.step("deploy to a full disk", full)
         left = {str(app.host.backend.hostname): torsos(app) for app in tinies}
+        assert full.played is not None
+        cut = {str(app.host.backend.hostname): cut_short(app, full.played.output) for app in tinies}
         story.everywhere(lambda app: app.host.check_output("mount -o remount,size=256m /srv/uwsgi-tiny"))
         story.step("deploy when there is room again", room)
-    assert full.played is not None
-    return Told(story, full.played, left)
+    return Told(story, full.played, left, cut)
 
 
 @pytest.fixture
@@ -69,14 +83,15 @@ def test_full_disk_is_told_and_the_old_release_serves_on(told: Told, seen: Calla
     assert "No space left on device" in told.full.output
     assert it.traffic.ok, it.traffic.summary()
     assert (it.after.current, it.after.workers) == (it.before.current, it.before.workers)
-    assert len(told.torsos[it.host]) == 1
+    assert told.left[it.host] == []
 
 
-def test_next_deploy_clears_up_what_the_full_disk_cut_short(
+def test_next_deploy_clears_up_a_build_that_was_cut_short(
     told: Told, tiny: Deployed, seen: Callable[[str], Seen]
 ) -> None:
     it = seen("deploy when there is room again")
     assert it.ran.code == 0
     assert it.traffic.ok, it.traffic.summary()
     assert torsos(tiny) == []
-    assert versions(tiny)["tiny-2"] == it.after.current == told.torsos[it.host][0]
+    assert versions(tiny)["tiny-2"] == it.after.current == told.cut[it.host]
+    assert not tiny.host.file(f"/srv/uwsgi-tiny/releases/{it.after.current}/app/half.py").exists

@@ -21,8 +21,8 @@ WITHOUT_THE_LOCK = (
     "set -a; . /etc/uwsgi-single/environment;"
     " cd /srv/uwsgi-single/releases/slow-migration/app && ../venv/bin/python migrate.py"
 )
-# prove, migrate, and killed before the step after it.
-MIGRATION_ALONE = "python3 /opt/cut.py 3 activate single slow-migration"
+# prove, keep, migrate, and killed before the step after it.
+MIGRATION_ALONE = "python3 /opt/cut.py 4 activate single slow-migration"
 
 
 class Migration(NamedTuple):

@@ -83,9 +83,9 @@ def stopped(app: Deployed) -> Ran:
 
 
 def impatient(app: Deployed) -> Ran:
-    """Activate a release that does not answer its health path, with 5 seconds for it instead of 30."""
+    """Activate a release that does not answer its health path, with 10 seconds for it instead of 30."""
     settings = f"/etc/{app.unit}/wanted/settings.json"
-    app.host.check_output("sed -i.kept '/health_timeout/s/30/5/' %s", settings)
+    app.host.check_output("sed -i.kept '/health_timeout/s/30/10/' %s", settings)
     try:
         return activate(app, "silent-health")
     finally:
@@ -130,14 +130,14 @@ def cut_deploys_short(told: Told) -> None:
     whole = do("deploy v3", partial(cut, number=0, variant="v3"))
     told.cuts = steps(whole[0].ran)
     numbered = list(enumerate(told.cuts, start=1))
-    keep = told.cuts.index("keep") + 1
+    configure = told.cuts.index("configure") + 1
 
     def series(apps: list[Deployed], cuts: list[tuple[int, str]]) -> None:
         new, old = "v4", "v3"
         for number, name in cuts:
             do(f"deploy cut before {name}", partial(cut, number=number, variant=new), to=apps)
             # Until then nothing has been touched, which the tests see, and the next cut is the deploy that comes after.
-            if number > keep:
+            if number > configure:
                 do(f"deploy again after {name}", partial(activate, version=new), to=apps)
                 new, old = old, new
 
@@ -291,12 +291,12 @@ def test_unchanged_deploy_changes_nothing(told: Told, app: Deployed, seen: Calla
     [
         ("broken-import", 'raise RuntimeError("this release cannot be imported")'),
         ("missing-dependency", "No module named 'absent_dependency'"),
-        ("no-callable", 'unable to find "application" callable'),
+        ("no-callable", "(callable not found or import error)"),
         ("failing-migration", "RuntimeError: this migration fails"),
         ("broken-request", "NameError: name 'absent_name' is not defined"),
         ("broken-health", "RuntimeError: never healthy"),
         ("redirected-health", "it answers 302, not 2xx"),
-        ("silent-health", "no answer within 5 s"),
+        ("silent-health", "no answer within 10 s"),
     ],
 )
 def test_broken_release_is_refused_before_it_serves(
@@ -411,7 +411,7 @@ def test_deploy_cut_at_any_step_leaves_a_whole_release_and_the_next_one_finishes
         assert it.ran.code not in range(8), f"before {name} it was not killed: {it.ran}"
         assert len(it.after.workers) == 4, name
         assert len(set(it.after.workers.values())) == 1, name
-        if number <= told.cuts.index("keep"):
+        if number <= told.cuts.index("configure"):
             assert it.after == it.before, name
             continue
         again = seen(f"deploy again after {name}")

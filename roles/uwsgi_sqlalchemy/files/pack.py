@@ -76,15 +76,19 @@ def pack(top: Path, exclude: list[str], to: Path | None = None) -> str:
     if to:
         to.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, temporary = tempfile.mkstemp(dir=to.parent)
-        with (
-            os.fdopen(handle, "wb") as raw,
-            gzip.GzipFile("", "wb", 6, raw, mtime=0) as compressed,
-            tarfile.open(fileobj=compressed, mode="w") as archive,
-        ):
-            for name, path in found:
-                info, content = member(name, path)
-                archive.addfile(info, io.BytesIO(content))
-        os.replace(temporary, to)
+        try:
+            with (
+                os.fdopen(handle, "wb") as raw,
+                gzip.GzipFile("", "wb", 6, raw, mtime=0) as compressed,
+                tarfile.open(fileobj=compressed, mode="w") as archive,
+            ):
+                for name, path in found:
+                    info, content = member(name, path)
+                    archive.addfile(info, io.BytesIO(content))
+            os.replace(temporary, to)
+        except BaseException:  # an interrupt, too, leaves nothing behind
+            os.unlink(temporary)
+            raise
     return digest.hexdigest()
 
 

@@ -44,6 +44,9 @@ UNHEALTHY, REFUSED, LOCKED, PUT_BACK, BROKEN, AFTER = 1, 3, 4, 5, 6, 7
 
 PATIENCE = 5.0  # seconds for which a wrong answer of the health path may still become a right one
 
+# How workers are replaced without a new service: by the command that uWSGI's master takes on its FIFO.
+RELOADS = {"chain reload": b"c", "graceful reload": b"r"}
+
 # What a running service has read when it started: where it differs from then, the service has to be restarted.
 READ_AT_START = ("uwsgi.ini", "environment", "service")
 
@@ -192,6 +195,8 @@ class App:
         self.socket = root / "run" / f"{self.unit}.socket"
         self.started = root / "run" / f"{self.unit}.started"
         self.proof = root / "run" / f"{self.unit}.proof.ini"
+        self.rehearsal = root / "run" / f"{self.unit}-rehearsal" / "uwsgi.socket"
+        self.audit_report = self.rehearsal.with_name("audit.json")
         self.locked = root / "run" / f"{self.unit}.lock"
         self.stats = root / "run" / self.unit / "stats.sock"
         self.fifo = root / "run" / self.unit / "master.fifo"
@@ -328,6 +333,7 @@ class App:
 
     def said(self, since: float, unit: str = "") -> str:
         """Return what the service's journal says since a moment (seconds of the epoch), at most 40 lines of it."""
+        run("journalctl", "--sync")  # what a process said that has just ended may not be there yet
         command = ("journalctl", "-u", f"{unit or self.unit}.service", f"--since=@{int(since)}", "-o", "cat")
         return run(*command, "--no-pager", "-n", "40").stdout.strip()
 
@@ -368,9 +374,12 @@ class App:
         earlier = there[: there.index(current)] if current in there else there
         return earlier[-1] if earlier else ""
 
-    def schema(self, release: str) -> str:
-        """Return the schema that the database had when a release was last activated, as far as it was recorded."""
-        found = [entry for entry in self.entries() if entry["release"] == release and entry.get("schema")]
+    def schema(self, release: str = "") -> str:
+        """Return the schema that the database had when a release was last migrated to, as far as it was recorded.
+
+        Without a release it is the one that the database was left at by whichever was the last.
+        """
+        found = [entry for entry in self.entries() if entry.get("schema") and release in ("", entry["release"])]
         return str(found[-1]["schema"]) if found else ""
 
     # --- called by the unit ----------------------------------------------------------------------------------------
@@ -433,27 +442,48 @@ class App:
                 "Correct uwsgi_sqlalchemy_uwsgi_options; nothing was changed.",
             )
 
-    def prove(self, release: str, folder: Path | None = None) -> None:
-        """Load the release just as the service would, without serving. Raises Failure with what uWSGI said.
+    @contextlib.contextmanager
+    def loaded(self, release: str, folder: Path | None, *, audit: bool = False) -> Iterator[None]:
+        """Have the release loaded just as the service would, on a socket that no traffic reaches, until the end.
 
-        The load happens in one process and not in a lazy worker: there uWSGI exits 0 whatever becomes of the
-        application. It does the same where it has no socket to serve on (numproc in core/uwsgi.c), so it is told of
-        one, which --no-server keeps it from opening.
+        Raises Failure with what uWSGI said when it cannot be. It is loaded in one process and not in a lazy worker:
+        there uWSGI reports itself ready whatever becomes of the application. With `audit` there are `findings` then.
         """
         self.record(release)
         self.check_ini(folder, release)
-        settings = self.read_settings(folder or self.etc)
+        settings, unit = self.read_settings(folder or self.etc), f"{self.unit}-rehearsal"
         if settings.get("oracle_client"):
             self.prove_oracle_client(release, folder)
-        limit = ("/usr/bin/timeout", "--kill-after=5", str(settings["health_timeout"]))
-        with self.loading(folder, release, f"{self.proof}.socket", "--no-server") as command:
-            done = self.sandboxed(folder, release, ("--wait", "--pipe"), *limit, *command)
-        if done.returncode:
-            slow = f" within {settings['health_timeout']} s" if done.returncode in (124, 137) else ""
-            raise Failure(
-                REFUSED,
-                f"release {release} cannot be loaded{slow}; it was not activated. uWSGI said:\n{clean(done.stdout)}",
+        since = time.time()
+        run("systemctl", "stop", f"{unit}.service")  # of a run that was killed
+        ini = self.proof_ini(release, folder)
+        write(self.proof, (ini + "import = uwsgi_sqlalchemy_audit\n" * audit).encode(), 0o644)
+        module = re.search(r"^module = (\S+)", ini, re.MULTILINE)
+        try:
+            done = self.sandboxed(
+                folder,
+                release,
+                (
+                    *(f"--unit={unit}", f"--property=RuntimeDirectory={unit}"),
+                    *("--property=Type=notify", f"--property=TimeoutStartSec={settings['health_timeout']}"),
+                    *("--property=TimeoutStopSec=5", "--property=RuntimeMaxSec=1h"),
+                    f"--setenv=UWSGI_SQLALCHEMY_AUDIT={module.group(1) if module else ''}",
+                    f"--setenv=UWSGI_SQLALCHEMY_AUDIT_REPORT={self.audit_report}",
+                ),
+                *(self.binary(release, settings), "--ini", str(self.proof), "--need-app", "--disable-logging"),
+                *(f"--socket={self.rehearsal}", "--processes=1"),
             )
+            if done.returncode:
+                slow = time.time() - since >= float(settings["health_timeout"])
+                within = f" within {settings['health_timeout']} s" if slow else ""
+                said = clean(self.said(since, unit) or done.stdout)
+                raise Failure(
+                    REFUSED, f"release {release} cannot be loaded{within}; it was not activated. uWSGI said:\n{said}"
+                )
+            yield
+        finally:
+            run("systemctl", "stop", f"{unit}.service")
+            self.proof.unlink()
 
     def prove_oracle_client(self, release: str, folder: Path | None) -> None:
         """Have the service's account, in its sandbox, ask Oracle's client for its version. Raises Failure."""
@@ -476,44 +506,62 @@ class App:
             )
         step("client", f"the service can load Oracle's client {said}")
 
-    @contextlib.contextmanager
-    def loading(self, folder: Path | None, release: str, address: str, *options: str) -> Iterator[tuple[str, ...]]:
-        """Give the command that loads a release in one process: the ini without what belongs to serving."""
+    def proof_ini(self, release: str, folder: Path | None) -> str:
+        """Return the ini that loads a release: the service's without what belongs to serving."""
         loads = re.compile(
             r"(\[|strict|plugins?(-dir)?|virtualenv|pythonpath|module|single-interpreter|need-app|enable-threads"
             r"|env|set(-ph|-placeholder)?|(py|python-)?import|py-?argv|buffer-size|post-buffering)\b"
         )
         ini = (self.configuration(folder)["uwsgi.ini"] or b"").decode()
         kept = "\n".join(line for line in ini.splitlines() if loads.match(line))
-        text = kept.replace(f"{self.current}/", f"{self.releases / release}/")
-        write(self.proof, text.encode() + b"\n", 0o644)
-        binary = self.binary(release, self.read_settings(folder or self.etc))
-        try:
-            yield (binary, "--ini", str(self.proof), "--need-app", f"--socket={address}", "--processes=1", *options)
-        finally:
-            self.proof.unlink()
+        return kept.replace(f"{self.current}/", f"{self.releases / release}/") + "\n"
 
-    def rehearse(self, release: str, folder: Path | None) -> None:
-        """Let the release answer its health path once, on a socket that no traffic reaches. Raises Failure.
+    def findings(self, release: str) -> list[dict[str, str]]:
+        """Return what the audit of the release that is `loaded` found. Raises Failure when there is no report."""
+        try:
+            found: list[dict[str, str]] = json.loads(self.content(self.audit_report) or b"")
+        except ValueError as error:
+            raise Failure(REFUSED, f"the audit of release {release} ended without a report: {error}") from error
+        return found
+
+    @contextlib.contextmanager
+    def proved(self, release: str, folder: Path | None) -> Iterator[None]:
+        """Have the release loaded, and audited where a master is to import it. Raises Failure with what is wrong."""
+        prefork = self.read_settings(folder or self.etc).get("fork_mode") == "prefork"
+        with self.loaded(release, folder, audit=prefork):
+            unfit = [one for one in (self.findings(release) if prefork else []) if one["verdict"] == "refused"]
+            if unfit:
+                raise Failure(
+                    REFUSED,
+                    f"release {release} is not fit for uwsgi_sqlalchemy_fork_mode prefork; it was not activated. What"
+                    f" its import did cannot be made safe for a fork:\n{audit_text(unfit)}\n"
+                    "Correct that, or set uwsgi_sqlalchemy_fork_mode to lazy.",
+                )
+            yield
+
+    def audit(self, release: str) -> list[dict[str, str]]:
+        """Return what a fork would share or lose after the import of a release. Raises Failure where that fails."""
+        with self.loaded(release or self.current_release(), self.wanted, audit=True):
+            return self.findings(release)
+
+    def rehearse(self, release: str, folder: Path | None, again: Callable[[], None] | None) -> None:
+        """Ask the health path of a release that is `loaded`. Raises Failure.
 
         It finds what loads and then fails at the first request, with the wanted configuration, before anybody sees it.
+        `again` loads the release anew: what it read of the database then may be older than its migration.
         """
-        unit, since = f"{self.unit}-rehearsal", time.time()
-        address = self.root / "run" / unit / "uwsgi.socket"
-        settings = self.read_settings(folder or self.etc)
-        with self.loading(folder, release, str(address), "--disable-logging") as command:
-            options = (f"--unit={unit}", f"--property=RuntimeDirectory={unit}", "--property=Type=exec")
-            started = self.sandboxed(folder, release, options, *command)
-            try:
-                healthy, seen = self.health(float(settings["health_timeout"]), settings, address, unit)
-            finally:
-                run("systemctl", "stop", f"{unit}.service")
-        if started.returncode or not healthy:
-            said = clean(started.stdout or self.said(since, unit))
+        settings, since, unit = self.read_settings(folder or self.etc), time.time(), f"{self.unit}-rehearsal"
+        timeout = float(settings["health_timeout"])
+        healthy, seen = self.health(timeout, settings, self.rehearsal, unit)
+        if not healthy and again:
+            again()
+            healthy, seen = self.health(timeout, settings, self.rehearsal, unit)
+        if not healthy:
+            migrated = "\nThe migration has run." if again else ""
             raise Failure(
                 REFUSED,
                 f"release {release} does not answer its health path with this configuration; it was not activated."
-                f" {seen}\n{said}\nThe migration, if there is one, has run.",
+                f" {seen}\n{clean(self.said(since, unit))}{migrated}",
             )
 
     def run_for(self, release: str, setting: str, *prefix: str) -> str:
@@ -595,25 +643,40 @@ class App:
         elif running != [release]:
             if self.current_release() == release:
                 plan.reasons.append(f"workers run {', '.join(running) or 'no release'}")
-            # Chain reload replaces one worker after the other, so it needs two; uWSGI inside the release (pyuwsgi) has
-            # the old release's module path built into its master.
-            plan.action = "chain reload"
-            if self.settings["processes"] < 2 or self.settings["uwsgi"] == "pyuwsgi":
-                plan.action = "restart"
-            elif not self.fifo.is_fifo():
-                plan.action = "restart"
-                plan.reasons.append(f"uWSGI takes no commands, {self.fifo} is missing")
+            # uWSGI inside the release (pyuwsgi) has the old release's module path built into its master.
+            plan.action = "restart" if self.settings["uwsgi"] == "pyuwsgi" else self.reload_action(plan)
+
+    def reload_action(self, plan: Plan) -> str:
+        """Return how workers are replaced while the configuration stays; the plan gets the reasons."""
+        if not self.fifo.is_fifo():
+            plan.reasons.append(f"uWSGI takes no commands, {self.fifo} is missing")
+            return "restart"
+        # A master that has imported the application gives its workers nothing new until it starts over.
+        if self.settings.get("fork_mode") == "prefork":
+            return "graceful reload"
+        # One worker after the other is replaced, so there have to be two.
+        return "chain reload" if self.settings["processes"] > 1 else "restart"
 
     def install_site(self, content: bytes | None) -> None:
         """Put the Nginx site in place if Nginx accepts its whole configuration with it, else take it back."""
         before, enabled = self.content(self.live_path("nginx.conf")), self.site_link.is_symlink()
         self.place("nginx.conf", content)
-        tested = run("nginx", "-t", "-q")
-        if not tested.returncode:
+        tested = run("nginx", "-t")
+        # Nginx only warns of two sites with one name, and never sends the second of them a request.
+        names = " ".join(re.findall(r"server_name([^;]*);", (content or b"").decode())).split()
+        taken = set(names) & set(re.findall(r'conflicting server name "([^"]*)"', tested.stdout))
+        if not tested.returncode and not taken:
             return
         self.place("nginx.conf", before)
         if not enabled:
             self.site_link.unlink(missing_ok=True)
+        if taken:
+            raise Failure(
+                REFUSED,
+                f"Nginx has another site for {' and '.join(sorted(taken))}, which would take the requests from"
+                f" {self.unit} or lose its own:\n{tested.stdout.strip()}\n"
+                "Correct uwsgi_sqlalchemy_server_names, or remove the other site.",
+            )
         advice = "Correct uwsgi_sqlalchemy_nginx_options, uwsgi_sqlalchemy_listen or uwsgi_sqlalchemy_server_names."
         if run("nginx", "-t", "-q").returncode:
             advice = "It refused it before this change too: repair the file named above."
@@ -664,8 +727,8 @@ class App:
     def renew(self, action: str, release: str) -> None:
         """Start, restart or chain-reload the service and wait until it serves `release`; else raise Failure."""
         since = time.time()
-        if action == "chain reload":
-            self.chain_reload(release, since)
+        if action in RELOADS:
+            self.reload_workers(RELOADS[action], release, since)
         elif action != "none":
             run("systemctl", "daemon-reload")
             units = f"{self.unit}.socket", f"{self.unit}.service"
@@ -688,16 +751,16 @@ class App:
             raise Failure(PUT_BACK, f"{self.unit} is not healthy: {seen}\n{self.said(since)}".strip())
         return seen
 
-    def chain_reload(self, release: str, since: float) -> None:
-        """Have the master replace its workers one after the other and wait until each of them is new."""
+    def reload_workers(self, command: bytes, release: str, since: float) -> None:
+        """Have the master replace its workers and wait until each of them is new. Raises Failure."""
         try:
             old = [worker.pid for worker in self.workers()]
             fifo = os.open(self.fifo, os.O_WRONLY | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
             raise Failure(PUT_BACK, f"uWSGI does not take commands on {self.fifo}: {error}") from error
         with os.fdopen(fifo, "wb", buffering=0) as stream:
-            stream.write(b"c")
-        # Each worker in turn finishes its request, imports the application and accepts before the next one goes.
+            stream.write(command)
+        # In a chain each worker in turn finishes its request, imports the application and accepts before the next goes.
         limit = float(self.settings["health_timeout"]) + self.settings["processes"] * float(self.settings["harakiri"])
         self.wait_for_workers(release, time.monotonic() + limit, old, since)
 
@@ -759,7 +822,7 @@ class App:
             return {**report, "seconds": 0.0, "health": seen, "workers": self.settings["processes"]}
         more: dict[str, Any] = {"from": previous, "how": plan.action}
         try:
-            more.update(self.prepare(release, folder, plan, retry=retry, rollback=rollback))
+            self.prepare(release, folder, plan, more, retry=retry, rollback=rollback)
             seen = self.make_live(plan, release, folder)
         except (Failure, OSError) as error:
             failure = error if isinstance(error, Failure) else Failure(PUT_BACK, str(error))
@@ -772,44 +835,64 @@ class App:
         more["seconds"] = report["seconds"] = round(time.monotonic() - began, 1)
         self.note(action, release, "ok", **more)
         shutil.rmtree(self.undo)
-        report["notes"] = self.notes(release, previous) if rollback else []
+        report["notes"] = self.notes(release) if rollback else []
         self.prune()
         if not rollback and previous != release:
             step("after", "run the command after the activation, if there is one")
             self.run_for(release, "after_activate")
         return {**report, "health": seen, "workers": self.settings["processes"]}
 
-    def prepare(self, release: str, folder: Path | None, plan: Plan, *, retry: bool, rollback: bool) -> dict[str, str]:
-        """Do all that can fail while the old release serves on, untouched. Returns what the journal should know."""
-        learnt: dict[str, str] = {}
+    def prepare(
+        self,
+        release: str,
+        folder: Path | None,
+        plan: Plan,
+        more: dict[str, Any],
+        *,
+        retry: bool,
+        rollback: bool,
+    ) -> None:
+        """Do all that can fail while the old release serves on, untouched. `more` gets what the journal should know."""
         if not (retry or rollback):
             self.refuse_failed(release)
-        if release != self.current_release() or self.undo.is_dir():
-            step("prove", f"load release {release} as the service would, without serving")
-            self.prove(release, folder)
-            if not rollback:
-                step("migrate", "run the migration, if there is one")
-                if schema := self.migrate(release):
-                    learnt["schema"] = schema
-                step("before", "run the command before the activation, if there is one")
-                self.run_for(release, "before_activate")
-        else:
-            self.check_ini(folder, release)
-        if plan.action != "none":
-            step("rehearse", "ask its health path on a socket that no traffic reaches")
-            self.rehearse(release, folder)
         fresh = not self.undo.is_dir()
-        step("keep", "keep what is live, to put it back if need be")
-        self.keep_undo(release)
-        if "nginx.conf" in plan.files:
-            step("site", "test the Nginx site")
+        other = release != self.current_release() or not fresh
+        migrated, known = False, self.schema()
+        with contextlib.ExitStack() as proof:
+            load = other or plan.action != "none"
+            if load:
+                step("prove", f"load release {release} as the service would, where no traffic reaches it")
+                proof.enter_context(self.proved(release, folder))
+            else:
+                self.check_ini(folder, release)
+            step("keep", "keep what is live, to put it back if need be")
+            self.keep_undo(release)
             try:
-                self.install_site(self.configuration(folder)["nginx.conf"])
-            except Failure:
+                if "nginx.conf" in plan.files:
+                    step("site", "test the Nginx site")
+                    self.install_site(self.configuration(folder)["nginx.conf"])
+                if other and not rollback:
+                    step("migrate", "run the migration, if there is one")
+                    migrated = bool(self.settings_wanted["migrate_command"])
+                    if schema := self.migrate(release):
+                        more["schema"] = schema
+                        migrated = schema != known
+                    step("before", "run the command before the activation, if there is one")
+                    self.run_for(release, "before_activate")
+                if load:
+                    step("rehearse", "ask its health path")
+
+                    def again() -> None:
+                        proof.close()
+                        proof.enter_context(self.proved(release, folder))
+
+                    self.rehearse(release, folder, again if migrated else None)
+            except (Failure, OSError):
                 if fresh:
+                    # Of what is live the site alone has been touched, and Nginx has not read it.
+                    self.place("nginx.conf", self.content(self.undo / "nginx.conf"))
                     shutil.rmtree(self.undo)
                 raise
-        return learnt
 
     def refuse_failed(self, release: str) -> None:
         """Refuse a release that failed under traffic with this same configuration. Raises Failure with what to do."""
@@ -829,8 +912,9 @@ class App:
     def put_back(self, action: str, release: str, failure: Failure, more: dict[str, Any]) -> NoReturn:
         """Make live what was live before, see that it serves, mark the release, and fail with what happened."""
         step("back", f"it does not serve, put back what was live: {first_line(failure)}")
-        mark = {"when": now(), "message": first_line(failure), "configuration": self.fingerprint(self.wanted)}
-        write(self.releases / release / "failed.json", json.dumps(mark).encode(), 0o644)
+        if failure.code != REFUSED:  # then it has served, and failed
+            mark = {"when": now(), "message": first_line(failure), "configuration": self.fingerprint(self.wanted)}
+            write(self.releases / release / "failed.json", json.dumps(mark).encode(), 0o644)
         write(self.undo / "failed", b"", 0o600)
         before = (self.content(self.undo / "release") or b"").decode()
         try:
@@ -877,9 +961,9 @@ class App:
         """Return the configuration to roll back with: the one before a run that was cut short, else the live one."""
         return self.undo if self.undo.is_dir() else None
 
-    def notes(self, release: str, previous: str) -> list[str]:
+    def notes(self, release: str) -> list[str]:
         """Return what a person who rolls back has to know of the database."""
-        old, new = self.schema(release), self.schema(previous)
+        old, new = self.schema(release), self.schema()
         if old and new and old != new:
             return [
                 f"the database stays at schema {new}; release {release} was made for {old}. Nothing migrates it back."
@@ -896,11 +980,10 @@ class App:
         return self.activate(target, rollback=True)
 
     def reload(self) -> dict[str, Any]:
-        """Renew all workers of the current release, one after the other where that can be done. Raises Failure."""
+        """Renew all workers of the current release, without a restart where that can be done. Raises Failure."""
         began, release = time.monotonic(), self.current_release()
         self.record(release)
-        one_by_one = self.settings["processes"] > 1 and self.running_releases() is not None and self.fifo.is_fifo()
-        action = "chain reload" if one_by_one else "restart"
+        action = "restart" if self.running_releases() is None else self.reload_action(Plan())
         step("renew", f"renew the workers: {action}")
         self.renew(action, release)
         report = {"app": self.name, "release": release, "from": release, "changed": True, "action": action, "notes": []}
@@ -1028,6 +1111,14 @@ def line(report: dict[str, Any]) -> str:
     )
 
 
+def audit_text(findings: list[dict[str, str]]) -> str:
+    """Return what an audit found as a person reads it."""
+    lines = [
+        f"- {one['kind']} ({one['verdict']}): {one['what']}, at {one['where']}. {one['advice']}" for one in findings
+    ]
+    return "\n".join(lines) or "nothing that a fork would share or lose"
+
+
 def table(rows: list[list[str]]) -> str:
     """Return rows as aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -1047,6 +1138,8 @@ def show(command: str, result: Any) -> str:
     if command == "journal":
         head = ["when", "who", "action", "release", "result", "how", "note"]
         return table([head, *([str(entry.get(key, "")) for key in head] for entry in result)])
+    if command == "audit":
+        return audit_text(result)
     return show_status(result) if command == "status" else str(result)
 
 
@@ -1085,9 +1178,13 @@ def parser() -> argparse.ArgumentParser:
     prove = command("prove", "load a release as the service would, without serving; it changes nothing")
     activate = command("activate", "make a release and the wanted configuration live, or put everything back")
     back = command("rollback", "go back to the previous good release, or to a named one")
+    audit = command("audit", "say what a fork would share or lose after the import of a release; it changes nothing")
     command("reload", "renew the workers of the current release")
     command("prune", "remove releases beyond the number to keep")
     command("note-start", "called by the unit before it starts")
+    audit.add_argument(
+        "release", metavar="RELEASE", nargs="?", default="", help="id of a release (default: the current)"
+    )
     for sub in (prove, activate):
         sub.add_argument("release", metavar="RELEASE", help="id of a release, as `releases` lists them")
     back.add_argument(
@@ -1108,8 +1205,8 @@ def ask_health(app: App) -> str:
 
 def prove(app: App, release: str) -> str:
     """Return that a release can be loaded with the wanted configuration, or raise Failure."""
-    app.prove(release, app.wanted)
-    return f"release {release} of {app.unit} can be loaded"
+    with app.proved(release, app.wanted):
+        return f"release {release} of {app.unit} can be loaded"
 
 
 def activate(app: App, release: str, *, retry: bool) -> dict[str, Any]:
@@ -1138,6 +1235,7 @@ def execute(app: App, options: argparse.Namespace) -> Any:
     }
     changing: dict[str, Callable[[], Any]] = {
         "prove": lambda: prove(app, options.release),
+        "audit": lambda: app.audit(options.release),
         "activate": lambda: activate(app, options.release, retry=options.retry),
         "rollback": lambda: rollback(app, options.release),
         "reload": app.reload,
