@@ -21,7 +21,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from sqlalchemy.engine import make_url
+import sqlalchemy
+import uwsgi_sqlalchemy_migrate
+from sqlalchemy import Engine, create_engine, make_url
 from templating import ROLE, evaluate, render, variables
 
 X86_64, AARCH64 = 62, 183
@@ -420,3 +422,22 @@ def test_any_password_reaches_the_driver_through_the_filter_urlencode() -> None:
     assert (url.username, url.password, url.host) == ("u@ser", PASSWORD, "db")
     # Without the filter it does not: the test sees the difference.
     assert make_url(built.replace("p%40ss", "p@ss")).password != PASSWORD
+
+
+@pytest.mark.parametrize("mode", ["thin", "thick"])
+def test_a_migration_reaches_oracle_as_the_application_does(
+    mode: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given: list[Any] = []
+
+    def create(url: str, **options: Any) -> Engine:
+        given.append(options.pop("thick_mode", False))
+        return create_engine(url, **options)
+
+    monkeypatch.setattr(sqlalchemy, "create_engine", create)
+    monkeypatch.setenv("DATABASE_URL", "oracle+oracledb://u:p@127.0.0.1:1/?service_name=nobody-is-there")
+    monkeypatch.setenv("ORA_PYTHON_DRIVER_TYPE", mode)
+    assert uwsgi_sqlalchemy_migrate.main(["shop", "sh", "-c", "echo migrated; exit 3"]) == 3
+    said = capfd.readouterr().out
+    assert "oracle has no lock for this" in said and "migrated" in said, "no connection is made for a lock"
+    assert given == [mode == "thick"]

@@ -122,7 +122,10 @@ GOOD: dict[str, dict[str, Any]] = {
     "the largest numbers": {"listen_queue": 4096, "buffer_size": 65535},
     "options": {"uwsgi_options": [{"route": "a b"}, {"route": "c"}, {"log-slow": 2000, "thunder-lock": True}]},
     "as many connections as needed": {
-        "processes": 8, "threads": 2, "pool_size": 2, "database_connections": 36,
+        "processes": 8,
+        "threads": 2,
+        "pool_size": 2,
+        "database_connections": 36,
     },
     "a mule in lazy mode": {"uwsgi_options": [{"mule": True}]},
     "lines": {"nginx_options": ["gzip on;"], "service_options": ["MemoryMax=2G"]},
