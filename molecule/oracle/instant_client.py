@@ -1,11 +1,11 @@
 """Make archives of Instant Client for the tests: stubs that know nothing but their version, and Oracle's own 19.3.
 
-    instant_client.py FOLDER
+    instant_client.py FOLDER URL
 
 PyOracleClient, a package of the Python registry, holds Oracle's Instant Client Basic 19.3 for x86-64 with its licence
 (Oracle Free Use Terms: unmodified redistribution with the licence). It is a third party's repack, not checked against a
 checksum of Oracle's: good for tests and nothing else. Where no registry has it there are the stubs alone. The last line
-of the output tells, for each version, the file's name and its SHA-256, in JSON.
+of the output tells, in JSON, where each archive can be fetched when the folder is served at the URL, and its SHA-256.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Archive:
     def close(self) -> dict[str, str]:
         """Finish the archive and return its name and its checksum."""
         self.zip.close()
-        return {"file": self.path.name, "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
+        return {"archive": self.path.name, "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
 
 
 def real(folder: Path) -> dict[str, str] | None:
@@ -85,13 +85,15 @@ def stub(folder: Path, version: str) -> dict[str, str]:
         return archive.close()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, url: str) -> None:
     """Make all of them and say which there are."""
     made = {version: stub(folder, version) for version in ("21.1", "21.2")}
     if oracles := real(folder):
-        made["19.3"] = oracles
+        made["oracle"] = oracles
+    for one in made.values():
+        one["archive"] = f"{url}/{one['archive']}"
     print(json.dumps(made))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

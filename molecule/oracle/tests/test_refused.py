@@ -35,7 +35,7 @@ def test_a_client_that_the_application_cannot_use_is_replaced_by_the_one_before(
 ) -> None:
     assert with_a_client_that_it_cannot_use.status != 0
     assert "was not activated" in with_a_client_that_it_cannot_use.output
-    assert host.check_output("readlink /opt/oracle/instantclient").endswith(clients()["19.3"]["sha256"][:12])
+    assert host.check_output("readlink /opt/oracle/instantclient").endswith(clients()["oracle"]["sha256"][:12])
     assert "/opt/oracle/instantclient_19_3-" in host.check_output(
         "grep -h /libclntsh.so /proc/%s/maps", str(min(app.pids()))
     )

@@ -1,4 +1,4 @@
-"""The scenario oracle: one application, which is deployed with one driver after the other."""
+"""The scenarios oracle and oracle_database: one application, which is deployed with one driver after the other."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pytest
 
 from testkit.playbook import Played, play
 
-# What converge.yml is played with. The name with TLS has a wallet that Oracle's client cannot read.
+# What converge.yml is played with. The name with TLS has a wallet that only the thin mode can read.
 DRIVERS: dict[str, dict[str, str]] = {
-    "thin": {"driver": "oracle+oracledb", "client": "", "name": "LAB_TLS"},
-    "thick": {"driver": "oracle+oracledb", "client": "19.3", "name": "LAB"},
-    "cx_oracle": {"driver": "oracle+cx_oracle", "client": "19.3", "name": "LAB"},
+    "thin": {"driver": "oracle+oracledb", "client": "", "alias": "LAB_TLS"},
+    "thick": {"driver": "oracle+oracledb", "client": "oracle", "alias": "LAB"},
+    "cx_oracle": {"driver": "oracle+cx_oracle", "client": "oracle", "alias": "LAB"},
 }
 played: dict[str, Played] = {}
 
 
 def clients() -> dict[str, Any]:
-    """Return the archives of Instant Client that the database host serves, by their version."""
+    """Return the archives of Instant Client that can be had, with their checksums: Oracle's own, and stubs."""
     found: dict[str, Any] = json.loads(Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"], "clients.json").read_text())
     return found
 
@@ -29,7 +29,7 @@ def clients() -> dict[str, Any]:
 def deploy(driver: str) -> Played:
     """Play converge.yml with a driver, once; skip the test where its client cannot be had."""
     if DRIVERS[driver]["client"] not in ("", *clients()):
-        pytest.skip(f"{driver}: no registry here has PyOracleClient==0.0.5, which holds Oracle's Instant Client 19.3")
+        pytest.skip(f"{driver} needs Oracle's client: no registry here has PyOracleClient==0.0.5, which holds it")
     if driver not in played:
         played[driver] = play(limit="web", at_import="query", **DRIVERS[driver])
     if played[driver].status:
