@@ -14,11 +14,11 @@ from testkit.oracle import DRIVERS, deploy
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the tests by their driver first: pytest's own order would have each driver played once for each host."""
+    """Order the tests by driver, then as they are written, then by host: each state of the hosts is played but once."""
 
-    def place(item: pytest.Item) -> tuple[str, int]:
+    def place(item: pytest.Item) -> tuple[str, int, int]:
         chosen = item.callspec.params.get("driver") if isinstance(item, pytest.Function) else None
-        return item.path.name, [None, *DRIVERS].index(str(chosen) if chosen else None)
+        return item.path.name, [None, *DRIVERS].index(str(chosen) if chosen else None), item.reportinfo()[1] or 0
 
     items.sort(key=place)
 
