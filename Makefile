@@ -20,7 +20,7 @@ unit: bootstrap ## fast tests without hosts
 scenario-%: bootstrap ## one Molecule scenario whole: make scenario-default
 	@$(PYTHON) tools/testrun.py scenario $*
 
-bench: bench-releases ## every benchmark
+bench: bench-releases bench-lockup ## every benchmark
 
 bench-%: bootstrap ## measure on the hosts of a scenario, record it in benchmarks/: make bench-releases
 	@MOLECULE_TESTS=../../benchmarks/$* tools/molecule test --scenario-name $* --no-command-borders
@@ -31,9 +31,15 @@ docs: bootstrap ## write the variables into the role's defaults and README
 releases-report: bootstrap ## write docs/releases.md from the last run of the scenario releases
 	@$(PYTHON) tools/releases_report.py
 
+lockup-report: bootstrap ## write the tables and figures of docs/lockup.md from the last runs of its scenario and benchmark
+	@UV_CONFIG_FILE=.venv/uv.toml .venv/bin/uv run --quiet --no-project --python $(PYTHON) --with-requirements requirements/report.txt \
+		python tools/lockup_report.py
+
 lock: bootstrap ## lock the newest versions that requirements/tools.in allows
 	@UV_CONFIG_FILE=.venv/uv.toml .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-annotate --no-header requirements/tools.in --output-file requirements/tools.txt
+	@UV_CONFIG_FILE=.venv/uv.toml .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-annotate --no-header requirements/report.in --output-file requirements/report.txt
 
 clean: ## remove the demo and every other test host
 	@[ ! -x $(PYTHON) ] || $(PYTHON) tools/hosts.py clean
@@ -44,4 +50,4 @@ distclean: clean ## clean, and what was installed and kept in this folder
 bootstrap:
 	@tools/bootstrap
 
-.PHONY: help demo test lint unit bench docs releases-report lock clean distclean bootstrap
+.PHONY: help demo test lint unit bench docs releases-report lockup-report lock clean distclean bootstrap

@@ -187,7 +187,7 @@ def test_native_threads_are_told_by_their_library(tmp_path: Path, library: str, 
     app = "import _thread, time, uwsgi_sqlalchemy_audit as audit\n_thread.start_new_thread(time.sleep, (60,))\n"
     app += f"audit.library_of = lambda task: '/usr/lib/{library}'\n"
     file = tmp_path / "report.json"
-    assert run(tmp_path, app, UWSGI_SQLALCHEMY_AUDIT="shop", UWSGI_SQLALCHEMY_AUDIT_REPORT=str(file)).stderr == ""
+    assert run(tmp_path, app, FORK_AUDIT_MODULE="shop", FORK_AUDIT_REPORT=str(file)).stderr == ""
     found = json.loads(file.read_text())
     assert [(one["kind"], one["where"], one["verdict"]) for one in found] == [
         ("native thread", f"/usr/lib/{library}", verdict)
@@ -217,7 +217,7 @@ def test_a_factory_is_called_once_and_what_it_opens_is_found(tmp_path: Path) -> 
 def test_imported_it_writes_its_report_to_the_file_that_the_environment_names(tmp_path: Path) -> None:
     app = "import threading\nlock = threading.Lock()\nlock.acquire()\n"
     file = tmp_path / "report.json"
-    names = {"UWSGI_SQLALCHEMY_AUDIT": "shop:app", "UWSGI_SQLALCHEMY_AUDIT_REPORT": str(file)}
+    names = {"FORK_AUDIT_MODULE": "shop:app", "FORK_AUDIT_REPORT": str(file)}
     done = run(tmp_path, app, **names)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert [(one["kind"], one["where"]) for one in json.loads(file.read_text())] == [

@@ -15,7 +15,7 @@ from templating import ROLE
 TESTS = Path(__file__).resolve().parent
 GUARD = "import uwsgi_sqlalchemy_guard\n"
 
-IMPORTS = "import json, os, sys\nimport sqlalchemy as sa\nimport standin\n"
+IMPORTS = "import gc, json, os, sys\nimport sqlalchemy as sa\nimport standin\n"
 ENGINE = """
 engine = sa.create_engine("mysql+pymysql://app:secret@db/shop", module=standin, _initialize=False)
 with engine.connect() as connection:
@@ -35,7 +35,7 @@ os.chdir("/")
 inward, outward = os.pipe()
 if os.fork() == 0:
     del inherited
-    said = {"directory": os.getcwd(), "new": [other.pool is not pools[0], engine.pool is not pools[1]]}
+    said = {"directory": os.getcwd(), "frozen": gc.get_freeze_count() > 1000, "new": [other.pool is not pools[0], engine.pool is not pools[1]]}
     del pools
     with engine.connect():
         said["connections"] = len(standin.servers)
@@ -85,6 +85,7 @@ def test_a_worker_uses_nothing_that_it_inherited(tmp_path: Path) -> None:
         "new": [True, True],
         "memory": 0,
         "directory": str(tmp_path),
+        "frozen": True,
         "directory of its child": "/",
         "sent to the master's session": "",
         "master keeps its session": True,
@@ -94,7 +95,7 @@ def test_a_worker_uses_nothing_that_it_inherited(tmp_path: Path) -> None:
 def test_without_the_guard_it_uses_its_masters_and_drops_it_loudly(tmp_path: Path) -> None:
     """Also where the application does what SQLAlchemy documents: dispose(close=False), but drops the old pool."""
     said = facts(tmp_path, IMPORTS + ENGINE + WORKER.replace("DISPOSE", "True"))
-    assert said["connections"] == 1 and said["new"] == [False, False] and said["directory"] == "/"
+    assert said["connections"] == 1 and said["new"] == [False, False] and (said["directory"], said["frozen"]) == ("/", False)
     assert said["sent to the master's session"].startswith("rollback ")
     assert said["sent to the master's session"].endswith("goodbye ")
 

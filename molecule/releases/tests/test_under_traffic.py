@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from testinfra.host import Host
 from testkit import hosts
 from testkit.apps import Deployed
 from testkit.releases import Ran, activate, command, look, program, versions
@@ -37,7 +38,7 @@ class Told:
 
     story: Story
     names: dict[tuple[str, str], dict[str, str]]  # by host and application, the ids of the releases by their variant
-    unchanged: Play = field(default_factory=lambda: Play(variant="v2"))
+    unchanged: Play = field(default_factory=lambda: Play(variant="v2", apps=["single"]))
     cuts: list[str] = field(default_factory=list)
     second: dict[tuple[str, str], Ran] = field(default_factory=dict)  # the deploy that came while another ran
 
@@ -98,17 +99,23 @@ def repaired(app: Deployed) -> Ran:
     return activate(app, "broken-live", "--retry")
 
 
+def singles(told: Told) -> list[Deployed]:
+    """Return the application with one thread, of each host."""
+    return [app for app in told.story.applications if app.name == "single"]
+
+
 def deploy_good_and_broken_releases(told: Told) -> None:
     do = told.story.step
     do("v1 serves", lambda app: command(app, "sleep 2"))
     do("deploy v2", Play(variant="v2"))
-    do("deploy v2 once more", told.unchanged)
+    # A run of the role takes its time, and threads are nothing to it.
+    do("deploy v2 once more", told.unchanged, to=singles(told))
     for variant in (*REFUSED, "broken-live"):
         do(f"deploy {variant}", partial(activate, version=variant))
     do("deploy broken-live once more", partial(activate, version="broken-live"))
     do("roll back", lambda app: program(app, "rollback"))
     do("roll back once more", lambda app: program(app, "rollback"))
-    do("change the configuration", Play(setting="two"))
+    do("change the configuration", Play(setting="two", apps=["single"]), to=singles(told))
     do("deploy silent-health", impatient)
     do("retry broken-live, repaired", repaired)
     do("roll back from it", lambda app: program(app, "rollback"))
@@ -276,8 +283,8 @@ def test_deploy_and_rollback_replace_one_worker_after_the_other(
     }
 
 
-def test_unchanged_deploy_changes_nothing(told: Told, app: Deployed, seen: Callable[[str], Seen]) -> None:
-    it = seen("deploy v2 once more")
+def test_unchanged_deploy_changes_nothing(told: Told, host: Host) -> None:
+    it = told.story.seen("deploy v2 once more", str(host.backend.hostname), "single")
     assert told.unchanged.played is not None
     assert it.ran.code == 0, told.unchanged.played.output[-3000:]
     counts = told.unchanged.played.counts[it.host]
@@ -375,13 +382,13 @@ def test_second_rollback_does_not_bounce(seen: Callable[[str], Seen]) -> None:
     assert it.after.workers == it.before.workers
 
 
-def test_changed_configuration_restarts_the_service(seen: Callable[[str], Seen], app: Deployed) -> None:
-    it = seen("change the configuration")
+def test_changed_configuration_restarts_the_service(told: Told, host: Host) -> None:
+    it = told.story.seen("change the configuration", str(host.backend.hostname), "single")
     assert it.ran.code == 0
     assert (it.after.journal["how"], it.after.journal["result"]) == ("restart", "ok")
     assert it.after.current == it.before.current
     assert it.before.workers.keys().isdisjoint(it.after.workers)
-    assert 'SETTING="two"' in app.host.file(f"/etc/{app.unit}/environment").content_string
+    assert 'SETTING="two"' in host.file("/etc/uwsgi-single/environment").content_string
 
 
 def test_killed_worker_loses_its_own_requests_alone(seen: Callable[[str], Seen], app: Deployed) -> None:

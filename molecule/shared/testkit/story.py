@@ -115,7 +115,7 @@ class Story:
         applications: Sequence[Deployed],
         *,
         connections: int = 16,
-        think: float = 0.2,
+        think: float = 0.4,
         path: str = "/echo/{value}",
         limit: float = 1800.0,
     ) -> None:

@@ -467,8 +467,9 @@ class App:
                     *(f"--unit={unit}", f"--property=RuntimeDirectory={unit}"),
                     *("--property=Type=notify", f"--property=TimeoutStartSec={settings['health_timeout']}"),
                     *("--property=TimeoutStopSec=5", "--property=RuntimeMaxSec=1h"),
-                    f"--setenv=UWSGI_SQLALCHEMY_AUDIT={module.group(1) if module else ''}",
-                    f"--setenv=UWSGI_SQLALCHEMY_AUDIT_REPORT={self.audit_report}",
+                    # Not UWSGI_…, which uWSGI takes for its options.
+                    f"--setenv=FORK_AUDIT_MODULE={module.group(1) if module else ''}",
+                    f"--setenv=FORK_AUDIT_REPORT={self.audit_report}",
                 ),
                 *(self.binary(release, settings), "--ini", str(self.proof), "--need-app", "--disable-logging"),
                 *(f"--socket={self.rehearsal}", "--processes=1"),
@@ -1092,8 +1093,10 @@ def first_line(failure: Failure) -> str:
 
 
 def clean(text: str) -> str:
-    """Return what uWSGI said from the first traceback or error on, without its greeting."""
-    lines = text.strip().splitlines()
+    """Return what uWSGI said from the first traceback or error on, without its greeting and systemd's remarks."""
+    remark = re.compile(r"(Start|Stopp)(ing|ed) uwsgi-|Failed to start uwsgi-|uwsgi-\S+: (Main|Failed|Deact|Consumed)")
+    every = text.strip().splitlines()
+    lines = [line for line in every if not remark.match(line)] or every
     starts = [i for i, line in enumerate(lines) if re.match(r"Traceback|unable to|ImportError|\S*Error\b", line)]
     return "\n".join(lines[starts[0] if starts else -8 :][-40:])
 

@@ -3,7 +3,7 @@
     python uwsgi_sqlalchemy_audit.py [--text] [--report FILE] MODULE[:CALLABLE]
 
 uWSGI does the same in the throw-away process that proves a release: the ini imports this module before the application,
-and the environment names both (UWSGI_SQLALCHEMY_AUDIT = MODULE[:CALLABLE], UWSGI_SQLALCHEMY_AUDIT_REPORT = FILE).
+and the environment names both (FORK_AUDIT_MODULE = MODULE[:CALLABLE], FORK_AUDIT_REPORT = FILE).
 
 The report is a list of findings: kind, what, where, verdict, advice. The verdicts are those of a preforking master with
 uwsgi_sqlalchemy_guard in it; with lazy-apps nothing of this crosses a fork. An application that cannot be imported ends
@@ -566,5 +566,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-elif "UWSGI_SQLALCHEMY_AUDIT" in os.environ:
-    write(os.environ["UWSGI_SQLALCHEMY_AUDIT_REPORT"], as_json(audit(os.environ["UWSGI_SQLALCHEMY_AUDIT"])))
+elif "FORK_AUDIT_MODULE" in os.environ:
+    write(os.environ["FORK_AUDIT_REPORT"], as_json(audit(os.environ["FORK_AUDIT_MODULE"])))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import inspect
 import os
 import sys
@@ -77,6 +78,8 @@ def become_worker() -> None:
     try:
         discard_inherited()
         if os.getppid() == master:
+            # The collector would write into every object that it visits, and so unshare the master's.
+            gc.freeze()
             os.chdir(release)
     except BaseException:
         print("uwsgi_sqlalchemy_guard: this worker cannot discard the connections it inherited:", file=sys.stderr)
