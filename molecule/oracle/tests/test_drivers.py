@@ -104,13 +104,13 @@ def test_preforking_breaks_within_ten_requests(app: Deployed, driver: str, url: 
     app.host.check_output(PREFORK)
     try:
         app.host.run(START_OVER)
-        report = traffic(url, 100, connections=16, timeout=5)
+        report = traffic(url, 60, connections=16, timeout=5)
         busy = [str(worker["pid"]) for worker in app.stats()["workers"] if worker["status"] == "busy"]
         stacks = {pid: app.host.run(STACK, pid).stdout.splitlines() for pid in busy}
     finally:
         app.host.check_output(LAZY)
         app.host.run(START_OVER)
-    again = traffic(url, 100, connections=16, timeout=30)
+    again = traffic(url, 60, connections=16, timeout=30)
     bad = report.first_bad
     texts = sorted({record.text for record in report.bad})
     found = {
