@@ -23,7 +23,14 @@ REFUSED = plain("vars/main.yml")["__uwsgi_sqlalchemy_refused_options"]
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where ansible-playbook was called: a folder with an application and an archive."""
     (tmp_path / "shop").mkdir()
-    (tmp_path / "shop.tar.gz").write_bytes(b"content")
+    for name in (
+        "shop.tar.gz",
+        "basic-linux.x64-19.3.0.0.0dbru.zip",
+        "instantclient_12_2.zip",
+        "cwallet.sso",
+        "keys.jks",
+    ):
+        (tmp_path / name).write_bytes(b"content")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -33,27 +40,55 @@ def looked_for(source: dict[str, Any]) -> dict[str, Any]:
     path = Path(source.get("directory", source.get("archive", "")))
     if not {"directory", "archive"} & source.keys() or str(source.get("archive")).startswith("http"):
         return {"changed": False, "skipped": True}
+    return stat(path)
+
+
+def stat(path: Path) -> dict[str, Any]:
+    """Return what ansible.builtin.stat registers of a path on the controller."""
     if not path.exists():
         return {"stat": {"exists": False}}
     sum_of = {"checksum": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
-    return {"stat": {"exists": True, "isdir": path.is_dir(), **sum_of}}
+    return {"stat": {"exists": True, "isdir": path.is_dir(), "isreg": path.is_file(), **sum_of}}
 
 
 def values(**given: Any) -> dict[str, Any]:
     """Return the variables that the rules see; `facts` are the host's."""
     given = {"source": {"directory": "shop"}, **given}
     facts = {"distribution": "Debian", "distribution_major_version": "13", **given.pop("facts", {})}
+    client = given.get("oracle_client", {}).get("archive", "https://")
+    wallet = given.get("oracle_net", {}).get("wallet", [])
     registered: Any = {
+        "__uwsgi_sqlalchemy_client_stat": {"changed": False, "skipped": True}
+        if "://" in client
+        else stat(Path(client)),
+        "__uwsgi_sqlalchemy_wallet_stat": {"results": [{"item": file, **stat(Path(file))} for file in wallet]},
         "__uwsgi_sqlalchemy_local_stat": looked_for(given["source"]),
         "__uwsgi_sqlalchemy_somaxconn": {"content": b64encode(b"4096\n").decode()},
     }
-    return {**variables(**given, **registered), "ansible_facts": facts, **RULES["vars"]}
+    seen = {**variables(**given, **registered), "ansible_facts": facts, **RULES["vars"]}
+    # What is particular to the platform is read only when the platform is known to be one of the role's.
+    return {name: seen[name] for name in seen.keys() - plain("vars/Debian-12.yml").keys()}
 
 
 def problems(**given: Any) -> list[str]:
     """Return what the role says of its variables."""
     return str(evaluate(RULES["ansible.builtin.assert"]["fail_msg"], values(**given))).splitlines()
 
+
+THIN, THICK, CX = (
+    "oracle+oracledb://u:p@",
+    "oracle+oracledb://u:p@db/?service_name=x",
+    "oracle+cx_oracle://u:p@db:1521/X",
+)
+BASIC = {"archive": "https://example.org/instantclient-basic-linux.x64-19.3.0.0.0dbru.zip", "sha256": OTHER}
+NAMES = """\
+# a comment = none
+SHOP.example.org, shop_ro =
+  (DESCRIPTION =
+    (ADDRESS = (PROTOCOL = TCP)(HOST = db)(PORT = 1521))
+(CONNECT_DATA = (SERVICE_NAME = shop)))
+other=(DESCRIPTION=(ADDRESS=(PROTOCOL=TCP)(HOST=db)(PORT=1521)))
+"""
 
 GOOD: dict[str, dict[str, Any]] = {
     "the defaults": {},
@@ -95,6 +130,51 @@ GOOD: dict[str, dict[str, Any]] = {
     "a mule in lazy mode": {"uwsgi_options": [{"mule": True}]},
     "lines": {"nginx_options": ["gzip on;"], "service_options": ["MemoryMax=2G"]},
     "writable paths": {"writable_paths": ["/srv/media", "-/srv/perhaps", "+/x"]},
+    "Oracle thin": {"database_url": THICK},
+    "Oracle thick": {"database_url": THICK, "oracle_client": BASIC},
+    "cx_Oracle": {"database_url": CX, "oracle_client": BASIC},
+    "cx_Oracle with an old client": {"database_url": CX, "oracle_client": {"archive": "instantclient_12_2.zip"}},
+    "a client whose name does not tell": {
+        "database_url": THICK,
+        "oracle_client": {"archive": "https://example.org/instantclient-basic-linuxx64.zip", "sha256": OTHER},
+    },
+    "a client on the controller": {
+        "database_url": THICK,
+        "oracle_client": {"archive": "basic-linux.x64-19.3.0.0.0dbru.zip", "sha256": SHA256, "remove": False},
+    },
+    "no client any more": {"database_url": THICK, "oracle_client": {"remove": True}},
+    "thin beside a client": {
+        "database_url": THICK,
+        "oracle_client": BASIC,
+        "environment": {"ORA_PYTHON_DRIVER_TYPE": "thin"},
+    },
+    **{
+        f"the name {name}": {"database_url": THIN + name, "oracle_net": {"tnsnames": NAMES}}
+        for name in ("shop.example.org", "SHOP", "shop_ro", "other", "OTHER/", "other?stmtcachesize=0")
+    },
+    **{
+        f"no name but {place}": {"database_url": THIN + place}
+        for place in ("db:1521", "db/SID", "db/?service_name=x", "db?a=b&service_name=x", "[::1]:1521/x")
+    },
+    "a name from elsewhere": {"database_url": THIN + "prod", "environment": {"TNS_ADMIN": "/etc/oracle"}},
+    "a name from a directory": {
+        "database_url": THIN + "prod",
+        "oracle_net": {"sqlnet": "NAMES.DIRECTORY_PATH = (LDAP)"},
+    },
+    "included names": {"database_url": THIN + "prod", "oracle_net": {"tnsnames": "IFILE = /etc/oracle/more.ora"}},
+    "a wallet": {"database_url": THICK, "oracle_net": {"wallet": ["cwallet.sso"]}},
+    "encryption in thick mode": {
+        "database_url": THICK,
+        "oracle_client": BASIC,
+        "oracle_net": {"sqlnet": "SQLNET.ENCRYPTION_CLIENT = REQUIRED"},
+    },
+    "encryption where it can be had": {
+        "database_url": THICK,
+        "oracle_net": {"sqlnet": "SQLNET.ENCRYPTION_CLIENT = REQUESTED\n# SQLNET.ENCRYPTION_CLIENT = REQUIRED"},
+    },
+    "an at sign in a path": {"database_url": "sqlite:////var/lib/a@b/c@d.sqlite"},
+    "an encoded password": {"database_url": "oracle+oracledb://u:p%40ss/@db:1521/x?a=b@c"},
+    "a variable of uWSGI": {"database_url": CX, "oracle_client": BASIC, "uwsgi_options": [{"env": "LANG=C"}]},
 }
 
 
@@ -348,6 +428,108 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"uwsgi_options": [{"route": ["a", "b"]}, {"log-x-forwarded-for": None}, {"a": {"b": "c"}}, {"d": "e"}]},
         "…uwsgi_options has no single value for route and log-x-forwarded-for and a: give a text, a number or true, "
         "and an option that is repeated as several items.",
+    ),
+    **{
+        f"a password with an at sign in {url}": (
+            {"database_url": url},
+            "The database's URL has two '@' before its host: percent-encode the user name and the password. In a "
+            "playbook the filter urlencode does that.",
+        )
+        for url in ("postgresql+psycopg://u:p@ss@db/x", "oracle+oracledb://u:a/b@c@db:1521/x")
+    },
+    "oracle without its driver": (
+        {"database_url": "oracle://u:p@db:1521/x"},
+        "The database's URL begins with oracle://, which is cx_Oracle in SQLAlchemy 2.0 and python-oracledb in 2.1. "
+        "Name the driver: oracle+oracledb:// or oracle+cx_oracle://.",
+    ),
+    **{
+        f"the Oracle client {client}": (
+            {"oracle_client": client},
+            "…oracle_client is to have either archive, Oracle's zip of Instant Client Basic or Basic Light, or remove: "
+            "true, to remove what the role has installed.",
+        )
+        for client in ({**BASIC, "remove": True}, {"sha256": OTHER}, {"remove": False})
+    },
+    **{
+        f"{kind} as the Oracle client": (
+            {"oracle_client": {"archive": path}},
+            f"…oracle_client.archive is {path}, which is no file on the controller. Relative paths start where "
+            "ansible-playbook was called; one on the host is a URL, file:///path.",
+        )
+        for kind, path in {"nothing": "basic.zip", "a folder": "shop"}.items()
+    },
+    "a client's URL without its checksum": (
+        {"oracle_client": {"archive": "file:///srv/basic.zip"}},
+        "…oracle_client.archive is a URL; give …oracle_client.sha256 too, so that the download can be checked.",
+    ),
+    "a client's checksum that is none": (
+        {"oracle_client": {**BASIC, "sha256": "sha256:0"}},
+        "…oracle_client.sha256 is not 64 lower case hexadecimal digits, as sha256sum prints them.",
+    ),
+    "another client's checksum": (
+        {"oracle_client": {"archive": "instantclient_12_2.zip", "sha256": OTHER}},
+        f"…oracle_client.sha256 is {OTHER}, but instantclient_12_2.zip has {SHA256}. Oracle issues new files under the "
+        "same name now and then: when you trust the file, change sha256.",
+    ),
+    **{
+        f"{name} without a client": (
+            {"database_url": url, "environment": environment, "oracle_client": client},
+            f"{name} needs Oracle's client: give …oracle_client an archive, or use python-oracledb in its thin mode "
+            "(oracle+oracledb://), which needs none.",
+        )
+        for name, url, environment, client in [
+            ("cx_Oracle", CX, {}, {"remove": True}),
+            (
+                "ORA_PYTHON_DRIVER_TYPE=thick",
+                THICK,
+                {"ORA_PYTHON_DRIVER_TYPE": "thick"},
+                {},
+            ),
+        ]
+    },
+    "a client too old for the thick mode": (
+        {"database_url": THICK, "oracle_client": {"archive": "instantclient_12_2.zip"}},
+        "…oracle_client.archive is Instant Client 12 by its name, but python-oracledb's thick mode needs 19 or newer. "
+        "Take a newer one: 19 still talks to Oracle Database 11.2.",
+    ),
+    "encryption that the thin mode does not have": (
+        {"database_url": THICK, "oracle_net": {"sqlnet": "A=1\n sqlnet.encryption_client=(required)"}},
+        "…oracle_net.sqlnet requires Native Network Encryption, which python-oracledb has in its thick mode alone: "
+        "give …oracle_client an archive, or encrypt by TLS (PROTOCOL=TCPS) and remove these lines.",
+    ),
+    **{
+        f"a name among {said}": (
+            {"database_url": THIN + "prod", "oracle_net": net},
+            f"The database's URL names prod, which …oracle_net.tnsnames does not define; it defines {said}. Correct "
+            "the one or the other, or name a host and service: "
+            "oracle+oracledb://user:password@host:1521/?service_name=name.",
+        )
+        for said, net in {"SHOP.example.org, shop_ro, other": {"tnsnames": NAMES}, "nothing": {}}.items()
+    },
+    "wallets that cannot be read": (
+        {"oracle_net": {"wallet": ["cwallet.sso", "a/cwallet.sso", "shop/../ewallet.pem"]}},
+        "…oracle_net.wallet has a/cwallet.sso and shop/../ewallet.pem, which cannot be read on the controller. Give "
+        "files that are there and that the user who runs ansible-playbook may read.",
+    ),
+    "a file that is no wallet": (
+        {"oracle_net": {"wallet": ["keys.jks"]}},
+        "…oracle_net.wallet has keys.jks, for which nobody would look: its files are called cwallet.sso and "
+        "ewallet.p12 for the client, ewallet.pem for the thin mode.",
+    ),
+    "two folders of names": (
+        {"environment": {"TNS_ADMIN": "/etc/oracle"}, "oracle_net": {"tnsnames": NAMES}},
+        "TNS_ADMIN is given twice; remove it from …environment or leave …oracle_net empty.",
+    ),
+    "variables that mislead the client": (
+        {
+            "database_url": CX,
+            "oracle_client": BASIC,
+            "environment": {"ORACLE_HOME": "/opt/oracle"},
+            "uwsgi_options": [{"env": "LD_LIBRARY_PATH=/opt/oracle"}, {"env": "A=ORACLE_HOME="}],
+        },
+        "ORACLE_HOME in …environment and LD_LIBRARY_PATH in …uwsgi_options would mislead the loader or Oracle's "
+        "client: the role makes the client known by ldconfig, ORACLE_HOME belongs to another kind of installation, and "
+        "what uWSGI sets comes too late for the loader. Remove it.",
     ),
     **{
         f"a line break in {name}": (

@@ -382,6 +382,59 @@ def test_the_proof_loads_the_release_itself_and_not_in_a_lazy_worker(
     assert serves(host, "r1") and host.acted("systemd-run") == [] and not list(host.root.glob("run/*.ini"))
 
 
+def want_oracle(host: FakeHost, loaded: str) -> None:
+    """Want a service that uses Oracle's client 19.3, where the loader finds the one that is `loaded`."""
+    link = host.root / "opt/oracle/instantclient"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("instantclient_19_3-0123456789ab")
+    host.migrated = f"{loaded}\n"  # what any command in the sandbox says
+    host.want(settings={"oracle_client": True})
+
+
+def test_oracles_client_is_loaded_as_the_service_before_anything_is_live(host: FakeHost) -> None:
+    want_oracle(host, "19.3.0.0.0")
+    result = host.call("activate", "shop", "r2")
+    assert result.code == DONE and serves(host, "r2")
+    assert "the service can load Oracle's client 19.3.0.0.0" in result.err
+    (asked,) = [command for command in host.commands if "OCIClientVersion" in command]
+    assert "--property=User=uwsgi-shop" in asked and f"EnvironmentFile={host.wanted}/environment" in asked
+
+
+def test_without_oracles_client_nobody_asks_for_it(host: FakeHost) -> None:
+    host.want()
+    assert host.call("activate", "shop", "r2").code == DONE
+    assert not [command for command in host.commands if "OCIClientVersion" in command]
+
+
+@pytest.mark.parametrize(
+    ("loaded", "error", "message"),
+    [
+        (
+            "",
+            "Traceback (most recent call last):\nOSError: libaio.so.1: cannot open shared object file",
+            "Oracle's client cannot be loaded as the service would load it; release r2 was not activated. "
+            "OSError: libaio.so.1: cannot open shared object file\n"
+            "Look with `ldd /opt/oracle/instantclient/libclntsh.so` for a library that is not found.",
+        ),
+        (
+            "19.30.0.0.0",
+            "",
+            "the service would load Oracle's client 19.30.0.0.0 instead of 19.3; release r2 was not activated. "
+            "`ldconfig -p | grep libclntsh` shows the one that comes first.",
+        ),
+    ],
+)
+def test_a_client_that_the_service_cannot_load_is_refused(
+    loaded: str, error: str, message: str, host: FakeHost
+) -> None:
+    want_oracle(host, loaded)
+    if error:
+        host.failing["OCIClientVersion"] = error
+    result = host.call("activate", "shop", "r2")
+    assert (result.code, result.message) == (REFUSED, message)
+    assert serves(host, "r1")
+
+
 def test_what_was_loaded_before_the_migration_is_loaded_again_before_it_is_judged(host: FakeHost) -> None:
     host.want(migrate_command="alembic upgrade head")
     host.build("r2", rehearsal="500 no such table then 200 ok")

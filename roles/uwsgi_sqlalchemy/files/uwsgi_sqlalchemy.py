@@ -61,6 +61,15 @@ CONFIGURATION = {
 }
 
 
+# Asks Oracle's client for its version (OCIClientVersion), found by its name as the drivers find it.
+ORACLE_VERSION = """
+import ctypes
+version = [ctypes.c_int() for _ in range(5)]
+ctypes.CDLL("libclntsh.so").OCIClientVersion(*map(ctypes.byref, version))
+print(".".join(str(number.value) for number in version))
+"""
+
+
 class Failure(Exception):
     """Something a person has to know: the message says what and what to do, the code becomes the exit code."""
 
@@ -442,7 +451,10 @@ class App:
         """
         self.record(release)
         self.check_ini(folder, release)
-        settings, since, unit = self.read_settings(folder or self.etc), time.time(), f"{self.unit}-rehearsal"
+        settings, unit = self.read_settings(folder or self.etc), f"{self.unit}-rehearsal"
+        if settings.get("oracle_client"):
+            self.prove_oracle_client(release, folder)
+        since = time.time()
         run("systemctl", "stop", f"{unit}.service")  # of a run that was killed
         ini = self.proof_ini(release, folder)
         write(self.proof, (ini + "import = uwsgi_sqlalchemy_audit\n" * audit).encode(), 0o644)
@@ -473,6 +485,27 @@ class App:
         finally:
             run("systemctl", "stop", f"{unit}.service")
             self.proof.unlink()
+
+    def prove_oracle_client(self, release: str, folder: Path | None) -> None:
+        """Have the service's account, in its sandbox, ask Oracle's client for its version. Raises Failure."""
+        done = self.sandboxed(folder, release, ("--wait", "--pipe"), "/usr/bin/python3", "-I", "-c", ORACLE_VERSION)
+        said = done.stdout.strip()
+        if done.returncode:
+            raise Failure(
+                REFUSED,
+                f"Oracle's client cannot be loaded as the service would load it; release {release} was not activated."
+                f" {said.splitlines()[-1] if said else 'No reason was given.'}\n"
+                "Look with `ldd /opt/oracle/instantclient/libclntsh.so` for a library that is not found.",
+            )
+        active = os.path.basename(os.path.realpath(self.root / "opt/oracle/instantclient"))
+        wanted = active.partition("_")[2].partition("-")[0].replace("_", ".")
+        if not f"{said}.".startswith(f"{wanted}."):
+            raise Failure(
+                REFUSED,
+                f"the service would load Oracle's client {said} instead of {wanted}; release {release} was not"
+                " activated. `ldconfig -p | grep libclntsh` shows the one that comes first.",
+            )
+        step("client", f"the service can load Oracle's client {said}")
 
     def proof_ini(self, release: str, folder: Path | None) -> str:
         """Return the ini that loads a release: the service's without what belongs to serving."""

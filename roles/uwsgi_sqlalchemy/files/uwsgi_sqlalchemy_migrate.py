@@ -17,25 +17,21 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 WAIT = 600  # seconds for which another host may migrate
+LOCKING = ("postgresql", "mysql", "mariadb")
 
 
-def lock(connection: Any, name: str) -> bool:
-    """Wait for the database's lock of that name; return False where the database has none.
+def lock(connection: Any, name: str) -> None:
+    """Wait for the database's lock of that name.
 
     Raises what the driver raises when WAIT is over, or RuntimeError.
     """
-    dialect = connection.dialect.name
-    if dialect == "postgresql":
+    if connection.dialect.name == "postgresql":
         # Advisory locks are named by a signed 64-bit number (PostgreSQL manual, 9.28.10).
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
         connection.exec_driver_sql(f"SET lock_timeout = '{WAIT}s'")
         connection.exec_driver_sql(f"SELECT pg_advisory_lock({number})")
-        return True
-    if dialect in ("mysql", "mariadb"):
-        if connection.exec_driver_sql(f"SELECT GET_LOCK('{name}', {WAIT})").scalar() != 1:
-            raise RuntimeError(f"another host held the lock of the migration for more than {WAIT} s")
-        return True
-    return False
+    elif connection.exec_driver_sql(f"SELECT GET_LOCK('{name}', {WAIT})").scalar() != 1:
+        raise RuntimeError(f"another host held the lock of the migration for more than {WAIT} s")
 
 
 def schema(connection: Any) -> str:
@@ -54,16 +50,19 @@ def main(arguments: list[str]) -> int:
         from sqlalchemy import create_engine  # noqa: PLC0415 (the application may be without)
         from sqlalchemy.pool import NullPool  # noqa: PLC0415
 
-        engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        # As the application does: what the thick mode reaches may be out of the thin mode's reach.
+        thick = url.startswith("oracle+oracledb:") and os.environ.get("ORA_PYTHON_DRIVER_TYPE") == "thick"
+        options = {"thick_mode": True} if thick else {}
+        engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", **options)
     except Exception as error:  # no SQLAlchemy, no URL, or one that only the application understands
         print(f"no lock in the database ({type(error).__name__}): the lock of this host's deployment has to do")
         return subprocess.run(command, check=False).returncode
     with ExitStack() as stack:
-        # SQLite is used by one host alone, and a connection that stays open would only be in the way.
-        if engine.dialect.name != "sqlite":
-            connection = stack.enter_context(engine.connect())
-            if not lock(connection, name):
-                print(f"{engine.dialect.name} has no lock for this: the lock of this host's deployment has to do")
+        # A connection that stays open without a lock would only be in the way. SQLite is used by one host alone.
+        if engine.dialect.name in LOCKING:
+            lock(stack.enter_context(engine.connect()), name)
+        elif engine.dialect.name != "sqlite":
+            print(f"{engine.dialect.name} has no lock for this: the lock of this host's deployment has to do")
         code = subprocess.run(command, check=False).returncode
     with suppress(Exception), engine.connect() as connection:
         if version := schema(connection):
