@@ -98,8 +98,8 @@ def draw_requests(record: dict[str, Any], path: Path) -> None:
     for trial in chosen:
         sums = list(accumulate(trial["timeline"]))
         times = [(number + 1) * trial["slice"] for number in range(len(sums))]
-        if times[-1] < SECONDS:
-            times, sums = [*times, SECONDS], [*sums, sums[-1]]
+        if times[-1] < SECONDS:  # all of its requests had been sent
+            axes.plot(times[-1], sums[-1], "x", color=COLOURS[trial["mode"]])
         label = f"{NAMES[trial['mode']]}: {outcome(trial)}"
         axes.step([0, *times], [0, *sums], where="post", color=COLOURS[trial["mode"]], label=label)
     axes.set(xlim=(0, SECONDS), yscale="symlog", ylim=(0, 20000), xlabel="seconds", ylabel="right answers so far")
