@@ -17,13 +17,13 @@ import pytest
 import testinfra
 from testkit import hosts
 from testkit.apps import Deployed
-from testkit.releases import Ran, command, look, program
+from testkit.releases import PROGRAM, Ran, command, look
 from testkit.story import Play, Seen, Story
 
 testinfra_hosts = hosts.urls()[:1]
 
 RESULTS = hosts.ROOT / "benchmarks" / "releases.json"
-ROUNDS = 3
+ROUNDS = 2
 # What every worker does by itself: start the interpreter and import the application.
 IMPORT = (
     "cd /srv/uwsgi-%s/current/app && set -a && . /etc/uwsgi-%s/environment &&"
@@ -59,7 +59,7 @@ def good(seen: Seen) -> bool:
 
 
 def switch(app: Deployed, action: str, release: str) -> Ran:
-    return program(app, action, release)
+    return command(app, "%s %s %s %s --json", PROGRAM, action, app.name, release)
 
 
 def measured(app: Deployed, other: str) -> list[Round]:
