@@ -870,6 +870,12 @@ def test_a_rollback_goes_to_the_previous_release_with_neither_migration_nor_hook
     assert "# edited" not in host.live("environment").read_text(), "a rollback took the wanted configuration"
 
 
+@pytest.mark.parametrize("words", [("--json", "r1"), ("r1", "--json")], ids=" ".join)
+def test_a_release_may_be_named_before_and_after_the_options(host: FakeHost, words: tuple[str, str]) -> None:
+    assert activate(host, "r2").code == DONE
+    assert host.call("rollback", "shop", *words).json["release"] == "r1"
+
+
 def test_a_release_that_was_left_by_a_rollback_is_not_the_previous_one(host: FakeHost) -> None:
     host.build("r3")
     for release in ("r2", "r3"):

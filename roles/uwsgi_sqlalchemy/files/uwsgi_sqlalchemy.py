@@ -1254,7 +1254,9 @@ def execute(app: App, options: argparse.Namespace) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """Carry out the command line and return the exit code."""
-    options = parser().parse_args(arguments)
+    # argparse does not take an optional RELEASE after an option. No option here has a value: they may all come last.
+    given = sorted(sys.argv[1:] if arguments is None else arguments, key=lambda word: word.startswith("--"))
+    options = parser().parse_args(given)
     try:
         result = execute(App(options.app), options)
     except Failure as failure:
