@@ -24,6 +24,7 @@ testinfra_hosts = hosts.urls()[:1]
 
 RESULTS = hosts.ROOT / "benchmarks" / "releases.json"
 ROUNDS = 2
+GOOD = {"v1", "v2", "v3", "v4"}  # variants that differ in nothing but their version
 # What every worker does by itself: start the interpreter and import the application.
 IMPORT = (
     "cd /srv/uwsgi-%s/current/app && set -a && . /etc/uwsgi-%s/environment &&"
@@ -63,9 +64,9 @@ def switch(app: Deployed, action: str, release: str) -> Ran:
 
 
 def other_release(app: Deployed) -> str:
-    """Return the id of a release that is not the current one."""
-    current = look(app).current
-    return next(release for release in versions(app).values() if release != current)
+    """Return the id of a good release that is not the current one."""
+    current, found = look(app).current, versions(app)
+    return next(found[name] for name in GOOD if name in found and found[name] != current)
 
 
 def measured(app: Deployed, other: str) -> list[Round]:
@@ -96,7 +97,7 @@ def rounds() -> list[Round]:
         for name in hosts.names()
         for app in ("single", "double")
     ]
-    if any(len(versions(app)) < 2 for app in applications):
+    if any(len(GOOD & versions(app).keys()) < 2 for app in applications):
         assert Play(variant="v2")(applications[0]).code == 0
     return [found for app in applications for found in measured(app, other_release(app))]
 
