@@ -289,7 +289,7 @@ def test_unchanged_deploy_changes_nothing(told: Told, host: Host) -> None:
     assert it.ran.code == 0, told.unchanged.played.output[-3000:]
     counts = told.unchanged.played.counts[it.host]
     assert (counts["changed"], counts["failed"]) == (0, 0)
-    assert counts["ok"] > 30
+    assert counts["ok"] > 15  # the role's tasks for this one application have run
     assert it.after == it.before
 
 
