@@ -17,6 +17,8 @@ from testkit.story import Play, Seen, Story
 # tiny-1 and its virtual environment fit into it, and the ballast of tiny-2 does not (variants.py).
 MOUNT = "mkdir -p /srv/uwsgi-tiny && mount -t tmpfs -o size=48m,mode=0755 tmpfs /srv/uwsgi-tiny"
 
+TINY = {name: ["tiny"] for name in hosts.names()}
+
 
 @dataclass
 class Told:
@@ -53,10 +55,10 @@ def told() -> Told:
     ]
     for app in tinies:
         app.host.check_output(MOUNT)
-    first = playbook.play(apps=["tiny"], variant="tiny-1")
+    first = playbook.play(apps=TINY, variant="tiny-1")
     assert first.status == 0, first.output[-3000:]
 
-    full, room = Play(apps=["tiny"], variant="tiny-2"), Play(apps=["tiny"], variant="tiny-2")
+    full, room = Play(apps=TINY, variant="tiny-2"), Play(apps=TINY, variant="tiny-2")
     with Story(tinies, connections=4) as story:
         story.step("deploy to a full disk", full)
         left = {str(app.host.backend.hostname): torsos(app) for app in tinies}
