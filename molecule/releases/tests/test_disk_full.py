@@ -40,9 +40,9 @@ def torsos(app: Deployed) -> list[str]:
 def cut_short(app: Deployed, output: str) -> str:
     """Leave what a build of tiny-2 leaves whose controller was killed, and return its name."""
     host = re.escape(str(app.host.backend.hostname))
-    found = re.search(
-        rf"\[{host}\]: FAILED!(?:(?!fatal:).)*?Release ([0-9a-f]{{12}}) could not be built", output, re.DOTALL
-    )
+    # A host's own message: the indented lines below it.
+    own = "".join(re.findall(rf"^fatal: \[{host}\]: FAILED!.*\n((?:[ ].*\n|\n)*)", output, re.MULTILINE))
+    found = re.search("Release ([0-9a-f]{12}) could not be built", own)
     assert found, output[-3000:]
     app.host.check_output("cd /srv/uwsgi-tiny/releases && mkdir -p %s/app && echo > %s/app/half.py", found[1], found[1])
     return found[1]
