@@ -1,8 +1,9 @@
 """Write the tables and figures of docs/lockup.md from what was recorded.
 
-`make scenario-lockup` leaves its trials in .run/reports/lockup/lockup.json; the newest are kept in
-benchmarks/lockup-trials.json. `make bench-lockup` leaves benchmarks/lockup.json. What stands in docs/lockup.md between
-a pair of markers is replaced; everything else there is written by hand.
+`make scenario-lockup` leaves its trials in .run/reports/lockup/lockup.json, `make scenario-oracle` those with Oracle's
+drivers in .run/reports/oracle; the newest are kept in benchmarks/lockup-trials.json and lockup-oracle.json.
+`make bench-lockup` leaves benchmarks/lockup.json. What stands in docs/lockup.md between a pair of markers is replaced;
+everything else there is written by hand.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import statistics
 import sys
 from collections.abc import Sequence
 from itertools import accumulate
@@ -24,9 +26,16 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 FRESH = ROOT / ".run" / "reports" / "lockup" / "lockup.json"
 TRIALS = ROOT / "benchmarks" / "lockup-trials.json"
+FRESH_ORACLE = ROOT / ".run" / "reports" / "oracle"
+ORACLE = ROOT / "benchmarks" / "lockup-oracle.json"
 MEMORY = ROOT / "benchmarks" / "lockup.json"
 DOCS = ROOT / "docs"
 NAMES = {"plain": "plain preforking", "prefork": "guarded preforking", "lazy": "lazy workers"}
+ORACLE_DRIVERS = {
+    "cx_oracle": "cx_Oracle 8.3.0, Instant Client 19.3",
+    "thick": "python-oracledb thick, Instant Client 19.3",
+    "thin": "python-oracledb thin",
+}
 COLOURS = {"plain": "#c0392b", "prefork": "#2471a3", "lazy": "#1e8449"}
 SECONDS = 12  # of the figure of requests
 WIDEST = 90  # characters of an error in a table
@@ -38,23 +47,29 @@ def shortened(text: str) -> str:
     return line if len(line) <= WIDEST else line[:WIDEST].rsplit(" ", 1)[0] + " …"
 
 
-def outcome(trial: dict[str, Any]) -> str:
+def outcome(counts: dict[str, int]) -> str:
     """Return how the requests of a trial ended."""
-    counts = trial["counts"]
-    if counts["right"] == trial["requests"]:
-        return f"{counts['right']} of {trial['requests']} right"
+    if counts["right"] == sum(counts.values()):
+        return f"{counts['right']} of {counts['right']} right"
     return ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
 
 
+def first_bad(trial: dict[str, Any]) -> str:
+    """Return the number of the first request that went wrong, with what it said."""
+    return f"; request {trial['first_bad']} first: {shortened(trial['first_bad_text'])}" if trial["first_bad"] else ""
+
+
 def trials_table(record: dict[str, Any]) -> str:
-    """Return the table of all trials."""
-    lines = ["| case | host | mode | what became of the requests | first bad one |", "| --- | --- | --- | --- | --- |"]
+    """Return the table of all trials: a line for each case and mode, a column for each host."""
+    hosts = list(record["platforms"])
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for trial in record["trials"]:
-        first = f"{trial['first_bad']}: {shortened(trial['first_bad_text'])}" if trial["first_bad"] else ""
-        mode = NAMES[trial["mode"]]
-        lines.append(f"| {trial['case']} | {trial['host']} | {mode} | {outcome(trial)} | {first} |")
-    hosts = "; ".join(f"{host}: {', '.join(facts)}" for host, facts in record["platforms"].items())
-    return "\n".join([f"Recorded on {record['date']}. {hosts}.", "", *lines])
+        rows.setdefault((trial["case"], trial["mode"]), {})[trial["host"]] = outcome(trial["counts"]) + first_bad(trial)
+    lines = [f"| case | mode | {' | '.join(hosts)} |", "| --- | --- |" + " --- |" * len(hosts)]
+    for (case, mode), said in rows.items():
+        lines.append(f"| {case} | {NAMES[mode]} | {' | '.join(said.get(host, '') for host in hosts)} |")
+    facts = "; ".join(f"{host}: {', '.join(facts)}" for host, facts in record["platforms"].items())
+    return "\n".join([f"Recorded on {record['date']}. {facts}.", "", *lines])
 
 
 def stacks(record: dict[str, Any]) -> str:
@@ -69,6 +84,20 @@ def stacks(record: dict[str, Any]) -> str:
     return "\n\n".join(parts) or "No worker hung in this run."
 
 
+def oracle_table(trials: list[dict[str, Any]]) -> str:
+    """Return the table of the trials with Oracle's drivers, and the stack of a worker that hung with each of them."""
+    lines = ["| driver | host | plain preforking | lazy workers |", "| --- | --- | --- | --- |"]
+    found: dict[str, str] = {}
+    for trial in trials:
+        plain = outcome(trial["plain"]) + first_bad(trial)
+        lines.append(f"| {ORACLE_DRIVERS[trial['driver']]} | {trial['host']} | {plain} | {outcome(trial['lazy'])} |")
+        if trial["stack"]:
+            said = f"What a worker that hangs waits for with {ORACLE_DRIVERS[trial['driver']]}, on {trial['host']}:"
+            found.setdefault(trial["driver"], "\n".join(["", said, "", "```", *trial["stack"], "```"]))
+    dates = sorted({trial["date"] for trial in trials})
+    return "\n".join([f"Recorded on {' and '.join(dates)}.", "", *lines, *found.values()])
+
+
 def memory_table(record: dict[str, Any]) -> str:
     """Return the table of memory and the two ratios."""
     rows = {(row["size"], row["workers"], row["mode"]): row["pss"] for row in record["memory"]}
@@ -80,12 +109,13 @@ def memory_table(record: dict[str, Any]) -> str:
         lazy, prefork = rows[size, workers, "lazy"], rows[size, workers, "prefork"]
         kind = f"SQLAlchemy + psycopg + {size} MB" if size else "SQLAlchemy + psycopg"
         lines.append(f"| {kind} | {workers} | {lazy:.0f} | {prefork:.0f} | {prefork / lazy:.2f} |")
-    rates = {mode: " / ".join(f"{rate:.0f}" for rate in found) for mode, found in record["rates"].items()}
     head = f"Recorded on {record['date']} on {', '.join(record['host'])}: the sum of PSS of all processes."
+    lazy, prefork = (record["rates"][mode] for mode in ("lazy", "prefork"))
     foot = (
         f"With 8 workers and 50 MB guarded preforking takes {record['memory_ratio']:.0%} of the memory of lazy workers."
-        f" Side by side it serves {record['throughput_ratio']:.2f} of their requests per second"
-        f" (lazy {rates['lazy']}, guarded {rates['prefork']})."
+        f" Side by side, in {len(lazy)} turns each, it serves {record['throughput_ratio']:.2f} of their requests per"
+        f" second: lazy {statistics.median(lazy):.0f} ({min(lazy):.0f} to {max(lazy):.0f}), guarded"
+        f" {statistics.median(prefork):.0f} ({min(prefork):.0f} to {max(prefork):.0f})."
     )
     return "\n".join([head, "", *lines, "", foot])
 
@@ -100,7 +130,7 @@ def draw_requests(record: dict[str, Any], path: Path) -> None:
         times = [(number + 1) * trial["slice"] for number in range(len(sums))]
         if times[-1] < SECONDS:  # all of its requests had been sent
             axes.plot(times[-1], sums[-1], "x", color=COLOURS[trial["mode"]])
-        label = f"{NAMES[trial['mode']]}: {outcome(trial)}"
+        label = f"{NAMES[trial['mode']]}: {outcome(trial['counts'])}"
         axes.step([0, *times], [0, *sums], where="post", color=COLOURS[trial["mode"]], label=label)
     axes.set(xlim=(0, SECONDS), yscale="symlog", ylim=(0, 20000), xlabel="seconds", ylabel="right answers so far")
     axes.set_title(f"4 workers, psycopg, one query at import ({last})", fontsize="medium", loc="left")
@@ -140,20 +170,24 @@ def main(_arguments: Sequence[str]) -> int:
     """Write tables and figures and return the exit status."""
     if FRESH.exists():
         shutil.copyfile(FRESH, TRIALS)
-    missing = [path for path in (TRIALS, MEMORY) if not path.exists()]
-    for path in missing:
-        command = "scenario-lockup" if path == TRIALS else "bench-lockup"
+    if fresh := sorted(FRESH_ORACLE.glob("lockup-*.json")):
+        told = sorted((json.loads(path.read_text(encoding="utf-8")) for path in fresh), key=lambda one: one["driver"])
+        ORACLE.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    commands = {TRIALS: "scenario-lockup", ORACLE: "scenario-oracle", MEMORY: "bench-lockup"}
+    missing = {path: command for path, command in commands.items() if not path.exists()}
+    for path, command in missing.items():
         print(f"lockup-report: there is no {path.relative_to(ROOT)}: run `make {command}` first", file=sys.stderr)
     if missing:
         return 1
     mpl.rcParams["svg.hashsalt"] = "lockup"  # the same record draws the same file
-    trials, memory = (json.loads(path.read_text(encoding="utf-8")) for path in (TRIALS, MEMORY))
+    trials, oracle, memory = (json.loads(path.read_text(encoding="utf-8")) for path in commands)
     draw_requests(trials, DOCS / "lockup-requests.svg")
     draw_memory(memory, DOCS / "lockup-memory.svg")
     page = DOCS / "lockup.md"
     text = page.read_text(encoding="utf-8")
     text = replaced(text, "the trials", trials_table(trials))
     text = replaced(text, "the stacks", stacks(trials))
+    text = replaced(text, "the trials with Oracle", oracle_table(oracle))
     page.write_text(replaced(text, "the memory", memory_table(memory)), encoding="utf-8")
     return 0
 

@@ -29,6 +29,8 @@ SETTINGS: dict[str, Any] = {
     "pool_pre_ping": os.environ.get("PRE_PING", "yes") == "yes",
     "pool_recycle": 1800,
 }
+if os.environ.get("AUTOCOMMIT") == "yes":
+    SETTINGS["isolation_level"] = "AUTOCOMMIT"
 
 # What an application of that size holds: many small objects, which the garbage collector visits.
 ballast = [{"id": number, "text": f"{number:0700d}"} for number in range(int(os.environ.get("BALLAST_MB", "0")) * 1000)]
@@ -129,7 +131,11 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
         start_response("200 OK", [("Content-Type", "text/plain")])
         return [b"ok\n"]
     needed()
-    said, session = database.ask(value)
+    try:
+        said, session = database.ask(value)
+    except Exception as error:  # to be told to who asked
+        start_response("500 Internal Server Error", [("Content-Type", "text/plain")])
+        return [" ".join(str(error).split())[:300].encode()]
     answer = {"value": said, "pid": os.getpid(), "session": session, "release": RELEASE}
     answer["worker"] = importlib.import_module("uwsgi").worker_id()
     body = json.dumps(answer).encode()

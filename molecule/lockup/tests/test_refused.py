@@ -45,9 +45,9 @@ def refused(laboratory: Laboratory) -> dict[str, Refused]:
         found[at_import] = Refused(said, before, after)
         if at_import != "checked-out":
             everywhere(laboratory.apps, plain)
-            laboratory.trial(f"a {at_import} at import", "plain", HANGS)
+            laboratory.trial(f"{at_import} at import", "plain", HANGS)
         laboratory.deploy(mode="lazy", at_import=at_import)
-        laboratory.trial(f"a {at_import} at import", "lazy", RIGHT)
+        laboratory.trial(f"{at_import} at import", "lazy", RIGHT)
     return found
 
 
@@ -75,14 +75,14 @@ def test_it_is_refused_with_its_line_and_nothing_changes(
 def test_without_the_refusal_requests_hang(
     at_import: str, refused: dict[str, Refused], laboratory: Laboratory, host: Host
 ) -> None:
-    trial = laboratory.trials[f"a {at_import} at import", "plain", str(host.backend.hostname)]
+    trial = laboratory.trials[f"{at_import} at import", "plain", str(host.backend.hostname)]
     assert trial.report.counts["hung"] > 0, trial.report.summary()
     assert trial.stack
 
 
 @pytest.mark.parametrize("at_import", REFUSALS)
 def test_lazy_workers_serve_it(at_import: str, refused: dict[str, Refused], laboratory: Laboratory, host: Host) -> None:
-    trial = laboratory.trials[f"a {at_import} at import", "lazy", str(host.backend.hostname)]
+    trial = laboratory.trials[f"{at_import} at import", "lazy", str(host.backend.hostname)]
     assert trial.report.ok, trial.report.summary()
 
 
