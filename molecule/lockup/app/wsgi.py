@@ -1,7 +1,8 @@
 """A WSGI application whose import asks the database something, or does another thing that a fork does not survive.
 
 AT_IMPORT chooses: `query`; `nothing`; `thread`, a background thread that requests need; `lock`, one that it holds when
-the master forks; `checked-out`, a connection that is never given back. BALLAST_MB makes the application larger.
+the master forks; `checked-out`, a connection that is never given back. BALLAST_MB makes the application larger,
+AUTOCOMMIT=yes leaves out what begins and ends a transaction around each request's query.
 """
 
 from __future__ import annotations

@@ -23,6 +23,12 @@ CASES: dict[str, dict[str, Any]] = {
     "psycopg2": {"driver": "postgresql+psycopg2", **BARE},
     "PyMySQL": {"driver": "mysql+pymysql", **BARE},
     "psycopg, asyncio": {"driver": "postgresql+psycopg_async", **BARE},
+    # One statement for each request: nothing tells a driver that the reply is somebody else's.
+    "psycopg2, autocommit": {
+        "driver": "postgresql+psycopg2",
+        "settings": {"PRE_PING": "no", "AUTOCOMMIT": "yes"},
+        "safe": FEWER,
+    },
     "psycopg over TLS": {"driver": "postgresql+psycopg", "url_query": "?sslmode=require", **BARE, "safe": FEWER},
     "psycopg, 4 threads, recycled": {
         "driver": "postgresql+psycopg",

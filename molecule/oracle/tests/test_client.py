@@ -79,7 +79,7 @@ def test_cx_oracle_is_built(app: Deployed) -> None:
 
 
 def test_names_and_wallet_are_the_applications_alone(app: Deployed) -> None:
-    there = app.host.check_output("find /etc/uwsgi-lab/oracle -type f -printf '%%f %%m %%u %%g\\n'").splitlines()
+    there = app.host.check_output("find /etc/uwsgi-lab/oracle -type f -printf '%f %m %u %g\\n'").splitlines()
     assert sorted(there) == [f"{name} 640 root uwsgi-lab" for name in ("ewallet.pem", "sqlnet.ora", "tnsnames.ora")]
     assert app.as_account("cat /etc/uwsgi-lab/oracle/*/tnsnames.ora").rc == 0
     assert app.as_account("cat /etc/uwsgi-lab/oracle/*/tnsnames.ora", "www-data").rc != 0
