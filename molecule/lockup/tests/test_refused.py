@@ -37,8 +37,8 @@ REFUSALS = {
 @pytest.fixture(scope="module")
 def refused(laboratory: Laboratory) -> dict[str, Refused]:
     found = {}
+    laboratory.deploy(mode="lazy", at_import="nothing")
     for at_import in REFUSALS:
-        laboratory.deploy(mode="lazy", at_import="nothing")
         before = {str(app.host.backend.hostname): look(app) for app in laboratory.apps}
         said = laboratory.refused(mode="prefork", at_import=at_import)
         after = {str(app.host.backend.hostname): look(app) for app in laboratory.apps}

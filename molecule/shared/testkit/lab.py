@@ -167,14 +167,14 @@ class Laboratory:
 
     def deploy(self, **variables: Any) -> str:
         """Play the role with these variables and return what it said; raises AssertionError when it fails."""
-        played = play(limit="web", **variables)
+        played = play(limit="web", entry="deploy", **variables)
         if played.status:
             raise AssertionError(played.output[-4000:])
         return played.output
 
     def refused(self, **variables: Any) -> str:
         """Play the role and return what it said when it failed; raises AssertionError when it did not."""
-        played = play(limit="web", **variables)
+        played = play(limit="web", entry="deploy", **variables)
         if not played.status:
             raise AssertionError("it was not refused")
         return played.output
