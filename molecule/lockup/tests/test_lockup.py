@@ -23,9 +23,11 @@ CASES: dict[str, dict[str, Any]] = {
     "psycopg2": {"driver": "postgresql+psycopg2", **BARE},
     "PyMySQL": {"driver": "mysql+pymysql", **BARE},
     "psycopg, asyncio": {"driver": "postgresql+psycopg_async", **BARE},
-    # One statement for each request: nothing tells a driver that the reply is somebody else's.
-    "psycopg2, autocommit": {
+    # Nothing tells these that a reply is somebody else's: no encryption, and one statement for each request. By itself
+    # libpq encrypts where the server can, as MariaDB's drivers do, and records in the wrong hands are noticed.
+    "psycopg2 without TLS": {
         "driver": "postgresql+psycopg2",
+        "url_query": "?sslmode=disable",
         "settings": {"PRE_PING": "no", "AUTOCOMMIT": "yes"},
         "safe": FEWER,
     },
@@ -87,6 +89,11 @@ def test_each_session_belongs_to_the_one_worker_that_answers_from_it(
 
 def test_with_plain_preforking_one_socket_is_in_all_hands(tried: Callable[[str, str], Trial]) -> None:
     assert tried("psycopg2", "plain").shared >= 5, "the master and four workers"
+
+
+def test_without_tls_answers_are_wrong(tried: Callable[[str, str], Trial]) -> None:
+    report = tried("psycopg2 without TLS", "plain").report
+    assert report.counts["wrong"], report.summary()
 
 
 def test_workers_were_recycled(tried: Callable[[str, str], Trial]) -> None:
