@@ -58,7 +58,7 @@ def test_the_service_finds_the_active_client_by_ldconfig_alone(app: Deployed) ->
     proof = host.run("uwsgi-sqlalchemy prove lab %s", app.release())
     assert proof.rc == 0 and "the service can load Oracle's client 21.1.0.0.0" in proof.stderr
     ini = host.check_output("cat /etc/uwsgi-lab/uwsgi.ini /etc/uwsgi-lab/environment")
-    assert "ORACLE_HOME" not in ini and "env = " not in ini
+    assert "ORACLE_HOME" not in ini and "\nenv = " not in ini
 
 
 def test_without_the_client_the_proof_fails(app: Deployed) -> None:
