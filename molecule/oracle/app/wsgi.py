@@ -31,7 +31,8 @@ QUESTION = text("select :value as value, sys_context('userenv', 'sid') as sid fr
 def connect_to(url: URL) -> Engine:
     """Return an engine as the service uses it."""
     options: dict[str, Any] = {"thick_mode": THICK} if url.get_driver_name() == "oracledb" else {}
-    return create_engine(url, pool_pre_ping=True, connect_args={"stmtcachesize": 0} if LIMITED else {}, **options)
+    careful = os.environ.get("PRE_PING", "yes") == "yes"
+    return create_engine(url, pool_pre_ping=careful, connect_args={"stmtcachesize": 0} if LIMITED else {}, **options)
 
 
 class Base(DeclarativeBase):
