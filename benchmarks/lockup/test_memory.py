@@ -42,6 +42,7 @@ print(total)
 
 def deploy(host: str, **variables: Any) -> None:
     """Play the role for one host."""
+    variables = {"entry": "deploy", **variables}
     played = play(limit=host, settings={"PRE_PING": "no", "BALLAST_MB": str(variables.pop("size"))}, **variables)
     assert played.status == 0, played.output[-3000:]
 
@@ -67,7 +68,7 @@ def test_record() -> None:
     rows = [measured(app, name, mode, workers, size) for size in SIZES for workers in WORKERS for mode in MODES]
     # Side by side: both are up, and take turns, so that what else the machine does meets both.
     for mode in MODES:
-        deploy(name, app=mode, names=[f"{mode}.test"], mode=mode, processes=8, size=50)
+        deploy(name, entry="main", app=mode, names=[f"{mode}.test"], mode=mode, processes=8, size=50)
         load(name, WARM, f"{mode}.test")
     rates: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(ROUNDS):
