@@ -43,7 +43,8 @@ WIDEST = 90  # characters of an error in a table
 
 def shortened(text: str) -> str:
     """Return the beginning of a text, fit for a cell of a table."""
-    line = " ".join(re.sub(r"<[^>]*>", " ", text).split()).replace("|", "\\|")
+    said = re.sub(r'.*"error": "', "", text)  # an application's answer in JSON
+    line = " ".join(re.sub(r"<[^>]*>", " ", said).split()).replace("|", "\\|").rstrip('"}\\')
     return line if len(line) <= WIDEST else line[:WIDEST].rsplit(" ", 1)[0] + " …"
 
 
