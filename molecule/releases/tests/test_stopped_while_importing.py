@@ -9,8 +9,6 @@ from testkit.apps import Deployed
 from testkit.releases import command
 
 HOOK = "hook-post-fork = unix_signal:1 _exit"
-
-
 SOON = 5  # seconds, of the 15 after which uWSGI would kill, and the 45 after which systemd does
 
 
