@@ -151,6 +151,23 @@ class Result:
         return self.err.rpartition("uwsgi-sqlalchemy: ")[2].removesuffix("\n")
 
 
+class Waiting:
+    """A process that carries out its command when it is told to go, and ends without it when it is not."""
+
+    def __init__(self, host: FakeHost, command: tuple[str, ...]) -> None:
+        self.host, self.command = host, command
+        self.returncode: int | None = None
+
+    def communicate(self, text: str = "") -> tuple[str, None]:
+        if text != "go\n":
+            self.returncode = 0
+            self.host.dismissed.append(" ".join(self.command))
+            return "", None
+        done = self.host.run(*self.command)
+        self.returncode = done.returncode
+        return done.stdout, None
+
+
 class FakeHost:
     """The host, with systemd and uWSGI for one application."""
 
@@ -172,6 +189,7 @@ class FakeHost:
         self.requests: list[dict[str, str]] = []
         self.said = ""  # the service's journal
         self.migrated = ""  # what a migration says
+        self.dismissed: list[str] = []  # commands that waited and were never told to go
         self.nginx: str | None = None  # the site that Nginx has loaded
         self.nginx_warns = ""  # of its configuration
         # What systemd and uWSGI know.
@@ -266,9 +284,10 @@ class FakeHost:
 
     def acted(self, *ignored: str) -> list[str]:
         """Return the commands that changed something, in order."""
-        rehearsal = f"systemctl stop {self.unit}-rehearsal"
-        looking = ("systemctl show", "systemctl is-enabled", "journalctl", "nginx -t", rehearsal, *ignored)
-        return [command for command in self.commands if not command.startswith(looking) and "--version" not in command]
+        looking = ("systemctl show", "systemctl is-enabled", "journalctl", "nginx -t", *ignored)
+        others = ("--version", f"{self.unit}-rehearsal.service")
+        left = [command for command in self.commands if not command.startswith(looking)]
+        return [command for command in left if not any(part in command for part in others)]
 
     # --- the commands ------------------------------------------------------------------------------------------------
 
@@ -288,6 +307,10 @@ class FakeHost:
         }
         code, said = carry_out[Path(command[0]).name](*command[1:])
         return subprocess.CompletedProcess(command, code, said)
+
+    def start(self, *command: str) -> Waiting:
+        """Have a command wait until it is told to go, in place of the program's `start`."""
+        return Waiting(self, command)
 
     def systemd_run(self, *arguments: str) -> tuple[int, str]:
         """Carry out a command in the service's sandbox: proof, migration, hook, or the rehearsal of a release."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import stat
@@ -437,6 +438,7 @@ def test_a_migration_reaches_oracle_as_the_application_does(
     monkeypatch.setattr(sqlalchemy, "create_engine", create)
     monkeypatch.setenv("DATABASE_URL", "oracle+oracledb://u:p@127.0.0.1:1/?service_name=nobody-is-there")
     monkeypatch.setenv("ORA_PYTHON_DRIVER_TYPE", mode)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n"))
     assert uwsgi_sqlalchemy_migrate.main(["shop", "sh", "-c", "echo migrated; exit 3"]) == 3
     said = capfd.readouterr().out
     assert "oracle has no lock for this" in said and "migrated" in said, "no connection is made for a lock"

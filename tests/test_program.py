@@ -39,6 +39,7 @@ def bare(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHost]:
     """A host with a wanted configuration and a finished release, r1, on which nothing runs yet."""
     host = FakeHost(root, program)
     monkeypatch.setattr(program, "run", host.run)
+    monkeypatch.setattr(program, "start", host.start)
     monkeypatch.setattr(program, "App", functools.partial(program.App, root=root))
     monkeypatch.setattr(program, "parser", lambda: PARSER)
     monkeypatch.setattr(program, "PATIENCE", 0.1)
@@ -313,7 +314,7 @@ def test_a_changed_site_reloads_nginx_and_no_worker(host: FakeHost) -> None:
     edit("nginx.conf")(host)
     assert activate(host, "r1").code == DONE
     assert host.nginx == (host.wanted / "nginx.conf").read_text()
-    assert host.pids() == pids and host.acted("systemctl enable") == ["systemctl reload-or-restart nginx.service"]
+    assert host.pids() == pids and host.acted() == ["systemctl reload-or-restart nginx.service"]
 
 
 def sandboxed(host: FakeHost) -> list[str]:
@@ -550,6 +551,14 @@ def test_what_is_refused_before_the_switch_changes_nothing(host: FakeHost, name:
     host.failing.clear()
     host.build("r2")
     assert activate(host, "r2").code == DONE and serves(host, "r2")
+
+
+def test_a_release_that_is_refused_before_its_migration_is_not_migrated(host: FakeHost) -> None:
+    host.want(migrate_command="alembic upgrade head")
+    host.build("r2", proves=False)
+    assert activate(host, "r2").code == REFUSED
+    assert [command.endswith(" alembic upgrade head") for command in host.dismissed] == [True]
+    assert not any("alembic" in command for command in host.commands)
 
 
 def test_a_command_after_the_activation_that_fails_is_told_and_the_release_stays(host: FakeHost) -> None:

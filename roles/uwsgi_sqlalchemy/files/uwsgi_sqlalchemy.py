@@ -83,6 +83,12 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 
 
+def start(*command: str) -> subprocess.Popen[str]:
+    """Start a command whose input is still to come and return it; its output is text."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
 def write(path: Path, content: bytes, mode: int) -> None:
     """Replace a file as a whole: a reader, or a crash at any moment, finds the old content or the new."""
     temporary = path.with_name(f".{path.name}.new")
@@ -405,10 +411,8 @@ class App:
 
     # --- proving ---------------------------------------------------------------------------------------------------
 
-    def sandboxed(
-        self, folder: Path | None, release: str, options: Sequence[str], *command: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a command in a release's source folder just as the service runs: account, environment and sandbox.
+    def sandboxed(self, folder: Path | None, release: str, options: Sequence[str], *command: str) -> tuple[str, ...]:
+        """Return what runs a command in a release's source folder just as the service: account, environment, sandbox.
 
         What the configuration's unit says of them is handed to a transient unit; what belongs to serving is left out.
         `options` are systemd-run's.
@@ -418,7 +422,7 @@ class App:
         lines = unit.partition("[Service]")[2].partition("\n[Install]")[0].splitlines()
         properties = [line for line in lines if "=" in line and not line.startswith("#") and not serving.match(line)]
         place = self.releases / release
-        return run(
+        return (
             *("systemd-run", "--quiet", "--collect", *options, *(f"--property={line}" for line in properties)),
             f"--property=EnvironmentFile={(folder or self.etc) / 'environment'}",
             f"--property=WorkingDirectory={place / 'app'}",
@@ -460,20 +464,19 @@ class App:
         write(self.proof, (ini + "import = uwsgi_sqlalchemy_audit\n" * audit).encode(), 0o644)
         module = re.search(r"^module = (\S+)", ini, re.MULTILINE)
         try:
-            done = self.sandboxed(
-                folder,
-                release,
-                (
-                    *(f"--unit={unit}", f"--property=RuntimeDirectory={unit}"),
-                    *("--property=Type=notify", f"--property=TimeoutStartSec={settings['health_timeout']}"),
-                    *("--property=TimeoutStopSec=5", "--property=RuntimeMaxSec=1h"),
-                    # Not UWSGI_…, which uWSGI takes for its options.
-                    f"--setenv=FORK_AUDIT_MODULE={module.group(1) if module else ''}",
-                    f"--setenv=FORK_AUDIT_REPORT={self.audit_report}",
-                ),
+            options = (
+                *(f"--unit={unit}", f"--property=RuntimeDirectory={unit}"),
+                *("--property=Type=notify", f"--property=TimeoutStartSec={settings['health_timeout']}"),
+                *("--property=TimeoutStopSec=5", "--property=RuntimeMaxSec=1h"),
+                # Not UWSGI_…, which uWSGI takes for its options.
+                f"--setenv=FORK_AUDIT_MODULE={module.group(1) if module else ''}",
+                f"--setenv=FORK_AUDIT_REPORT={self.audit_report}",
+            )
+            uwsgi = (
                 *(self.binary(release, settings), "--ini", str(self.proof), "--need-app", "--disable-logging"),
                 *(f"--socket={self.rehearsal}", "--processes=1"),
             )
+            done = run(*self.sandboxed(folder, release, options, *uwsgi))
             if done.returncode:
                 slow = time.time() - since >= float(settings["health_timeout"])
                 within = f" within {settings['health_timeout']} s" if slow else ""
@@ -483,12 +486,13 @@ class App:
                 )
             yield
         finally:
-            run("systemctl", "stop", f"{unit}.service")
+            run("systemctl", "stop", "--no-block", f"{unit}.service")
             self.proof.unlink()
 
     def prove_oracle_client(self, release: str, folder: Path | None) -> None:
         """Have the service's account, in its sandbox, ask Oracle's client for its version. Raises Failure."""
-        done = self.sandboxed(folder, release, ("--wait", "--pipe"), "/usr/bin/python3", "-I", "-c", ORACLE_VERSION)
+        ask = ("/usr/bin/python3", "-I", "-c", ORACLE_VERSION)
+        done = run(*self.sandboxed(folder, release, ("--wait", "--pipe"), *ask))
         said = done.stdout.strip()
         if done.returncode:
             raise Failure(
@@ -565,39 +569,54 @@ class App:
                 f" {seen}\n{clean(self.said(since, unit))}{migrated}",
             )
 
-    def run_for(self, release: str, setting: str, *prefix: str) -> str:
-        """Run one of the release's commands (migration, hooks), if there is one, and return what it said.
+    def run_for(self, release: str, setting: str) -> None:
+        """Run one of the release's hooks, if there is one. Raises Failure with what it said when it fails."""
+        if command := str(self.settings_wanted[setting]):
+            program = ("/usr/bin/env", *shlex.split(command))
+            done = run(*self.sandboxed(self.wanted, release, ("--wait", "--pipe"), *program))
+            self.judge(release, setting, done.returncode, done.stdout)
 
-        Raises Failure with what it said when it fails.
-        """
-        command = str(self.settings_wanted[setting])
-        if not command:
-            return ""
-        program = (*(prefix or ("/usr/bin/env",)), *shlex.split(command))
-        done = self.sandboxed(self.wanted, release, ("--wait", "--pipe"), *program)
-        if done.returncode:
-            code = AFTER if setting == "after_activate" else REFUSED
+    def judge(self, release: str, setting: str, code: int, said: str) -> None:
+        """Raise Failure with what one of the release's commands (migration, hooks) said where it failed."""
+        if code:
             raise Failure(
-                code,
-                f"uwsgi_sqlalchemy_{setting} of release {release} failed ({command}):\n{done.stdout.strip()[-4000:]}",
+                AFTER if setting == "after_activate" else REFUSED,
+                f"uwsgi_sqlalchemy_{setting} of release {release} failed ({self.settings_wanted[setting]}):\n"
+                f"{said.strip()[-4000:]}",
             )
-        return done.stdout
 
     @property
     def settings_wanted(self) -> dict[str, Any]:
         """Return the settings that are wanted."""
         return self.read_settings(self.wanted)
 
-    def migrate(self, release: str) -> str:
-        """Run the release's migration under a lock in its database; return the schema that the database then has.
+    @contextlib.contextmanager
+    def migration(self, release: str) -> Iterator[Callable[[], str]]:
+        """Have the release's migration wait until what this gives is called, which returns the schema afterwards.
 
-        An empty text says that it is not known. Raises Failure when the migration fails.
+        It runs under a lock in its database. Python and SQLAlchemy, of which that lock is made, start meanwhile. It is
+        not run when the call never comes, be it that this program dies. The schema is empty where it is not known, or
+        where there is no migration. The call raises Failure when the migration fails.
         """
+        command = shlex.split(str(self.settings_wanted["migrate_command"]))
+        if not command:
+            yield lambda: ""
+            return
         helper = self.root / "usr/local/lib/uwsgi-sqlalchemy/python/uwsgi_sqlalchemy_migrate.py"
-        python = self.releases / release / "venv/bin/python"
-        said = self.run_for(release, "migrate_command", str(python), str(helper), self.unit)
-        schema = re.search(r"^uwsgi-sqlalchemy schema: (.+)$", said, re.MULTILINE)
-        return schema.group(1) if schema else ""
+        program = (str(self.releases / release / "venv/bin/python"), str(helper), self.unit, *command)
+        waiting = start(*self.sandboxed(self.wanted, release, ("--wait", "--pipe"), *program))
+
+        def go() -> str:
+            said = waiting.communicate("go\n")[0]
+            self.judge(release, "migrate_command", waiting.returncode, said)
+            schema = re.search(r"^uwsgi-sqlalchemy schema: (.+)$", said, re.MULTILINE)
+            return schema.group(1) if schema else ""
+
+        try:
+            yield go
+        finally:
+            if waiting.returncode is None:
+                waiting.communicate()
 
     # --- activating ------------------------------------------------------------------------------------------------
 
@@ -740,7 +759,11 @@ class App:
                 done = run("systemctl", verb, unit)
                 if done.returncode:
                     raise Failure(PUT_BACK, f"{unit} did not start:\n{done.stdout}{self.said(since)}")
-        run("systemctl", "enable", "-q", f"{self.unit}.socket", f"{self.unit}.service")
+        if self.enabled_units() != [
+            "enabled",
+            "enabled",
+        ]:  # that is known at once; to enable has systemd load all units
+            run("systemctl", "enable", "-q", f"{self.unit}.socket", f"{self.unit}.service")
 
     def confirm(self, release: str) -> str:
         """See that every worker serves `release` and that the application is healthy; return how. Raises Failure."""
@@ -766,8 +789,12 @@ class App:
         self.wait_for_workers(release, time.monotonic() + limit, old, since)
 
     def wait_for_workers(self, release: str, deadline: float, old: list[int], since: float) -> None:
-        """Wait until all workers are new, accept requests and run from `release`. Raises Failure at the deadline."""
-        main = self.unit_state().get("MainPID")
+        """Wait until all workers are new, accept requests and run from `release`. Raises Failure at the deadline.
+
+        Every question wakes uWSGI's master, which otherwise looks after its workers once a second: asked once a second,
+        it took twice as long to replace four that import for 1.5 s.
+        """
+        main, looked = self.unit_state().get("MainPID"), time.monotonic()
         count = int(self.settings["processes"])
         while True:
             seen: list[Worker] = []
@@ -776,12 +803,13 @@ class App:
             ready = [w for w in seen if w.accepting and w.release == release and w.pid not in old]
             if len(ready) == count == len(seen):
                 return
-            state = self.unit_state()
-            if state.get("ActiveState") != "active" or state.get("MainPID") != main:
-                raise Failure(PUT_BACK, f"{self.unit}.service went down:\n{self.said(since)}")
+            if not seen or time.monotonic() - looked > 1:
+                state, looked = self.unit_state(), time.monotonic()
+                if state.get("ActiveState") != "active" or state.get("MainPID") != main:
+                    raise Failure(PUT_BACK, f"{self.unit}.service went down:\n{self.said(since)}")
             if time.monotonic() > deadline:
                 raise Failure(PUT_BACK, f"only {len(ready)} of {count} workers serve {release}:\n{self.said(since)}")
-            time.sleep(0.1)
+            time.sleep(0.03)
 
     def make_live(self, plan: Plan, release: str, folder: Path | None) -> str:
         """Carry out a plan: files, link, workers. Returns how the application is healthy. Raises Failure."""
@@ -859,8 +887,10 @@ class App:
         fresh = not self.undo.is_dir()
         other = release != self.current_release() or not fresh
         migrated, known = False, self.schema()
-        with contextlib.ExitStack() as proof:
+        with contextlib.ExitStack() as waiting, contextlib.ExitStack() as proof:
             load = other or plan.action != "none"
+            if migrates := other and not rollback:
+                migrate = waiting.enter_context(self.migration(release))
             if load:
                 step("prove", f"load release {release} as the service would, where no traffic reaches it")
                 proof.enter_context(self.proved(release, folder))
@@ -872,10 +902,10 @@ class App:
                 if "nginx.conf" in plan.files:
                     step("site", "test the Nginx site")
                     self.install_site(self.configuration(folder)["nginx.conf"])
-                if other and not rollback:
+                if migrates:
                     step("migrate", "run the migration, if there is one")
                     migrated = bool(self.settings_wanted["migrate_command"])
-                    if schema := self.migrate(release):
+                    if schema := migrate():
                         more["schema"] = schema
                         migrated = schema != known
                     step("before", "run the command before the activation, if there is one")

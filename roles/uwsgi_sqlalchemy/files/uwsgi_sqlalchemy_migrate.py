@@ -2,9 +2,11 @@
 
     python uwsgi_sqlalchemy_migrate.py NAME COMMAND [ARGUMENT …]
 
-Runs in a release's virtual environment, as the application's account. PostgreSQL and MariaDB (MySQL) have locks that
-end with the session that holds them, so none is left behind by a crash. On other databases the lock of the deployment
-on its own host has to do, and a line says so. Afterwards a line tells the database's schema (Alembic's version).
+Runs in a release's virtual environment, as the application's account, once a line on standard input says "go": it is
+started while the release is still being proved, which takes about as long as importing SQLAlchemy. PostgreSQL and
+MariaDB (MySQL) have locks that end with the session that holds them, so none is left behind by a crash. On other
+databases the lock of the deployment on its own host has to do, and a line says so. Afterwards a line tells the
+database's schema (Alembic's version).
 """
 
 from __future__ import annotations
@@ -18,6 +20,11 @@ from typing import Any
 
 WAIT = 600  # seconds for which another host may migrate
 LOCKING = ("postgresql", "mysql", "mariadb")
+
+
+def say(text: str) -> None:
+    """Print a line before what the migration prints."""
+    print(text, flush=True)
 
 
 def lock(connection: Any, name: str) -> None:
@@ -35,38 +42,46 @@ def lock(connection: Any, name: str) -> None:
 
 
 def schema(connection: Any) -> str:
-    """Return Alembic's version of the schema, or an empty text where there is none."""
-    with suppress(Exception):  # another tool, or no table yet: nothing to tell
-        rows = connection.exec_driver_sql("SELECT version_num FROM alembic_version ORDER BY version_num").scalars()
-        return " ".join(str(row) for row in rows)
-    return ""
+    """Return Alembic's version of the schema. Raises what the driver raises where there is none."""
+    rows = connection.exec_driver_sql("SELECT version_num FROM alembic_version ORDER BY version_num").scalars()
+    return " ".join(str(row) for row in rows)
+
+
+def engine_for(url: str) -> Any:
+    """Return an engine that keeps no connections. Raises what there is to raise: the application may be without one."""
+    from sqlalchemy import create_engine  # noqa: PLC0415 (the application may be without)
+    from sqlalchemy.pool import NullPool  # noqa: PLC0415
+
+    # As the application does: what the thick mode reaches may be out of the thin mode's reach.
+    thick = url.startswith("oracle+oracledb:") and os.environ.get("ORA_PYTHON_DRIVER_TYPE") == "thick"
+    options = {"thick_mode": True} if thick else {}
+    return create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", **options)
 
 
 def main(arguments: list[str]) -> int:
     """Carry out the command line and return the command's exit code."""
     name, *command = arguments
-    url = os.environ.get("DATABASE_URL", "")
+    engine, reason = None, ""
     try:
-        from sqlalchemy import create_engine  # noqa: PLC0415 (the application may be without)
-        from sqlalchemy.pool import NullPool  # noqa: PLC0415
-
-        # As the application does: what the thick mode reaches may be out of the thin mode's reach.
-        thick = url.startswith("oracle+oracledb:") and os.environ.get("ORA_PYTHON_DRIVER_TYPE") == "thick"
-        options = {"thick_mode": True} if thick else {}
-        engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", **options)
+        engine = engine_for(os.environ.get("DATABASE_URL", ""))
     except Exception as error:  # no SQLAlchemy, no URL, or one that only the application understands
-        print(f"no lock in the database ({type(error).__name__}): the lock of this host's deployment has to do")
-        return subprocess.run(command, check=False).returncode
+        reason = type(error).__name__
+    if sys.stdin.readline() != "go\n":
+        return 0
     with ExitStack() as stack:
+        connection = None
+        if engine is None:
+            say(f"no lock in the database ({reason}): the lock of this host's deployment has to do")
         # A connection that stays open without a lock would only be in the way. SQLite is used by one host alone.
-        if engine.dialect.name in LOCKING:
-            lock(stack.enter_context(engine.connect()), name)
+        elif engine.dialect.name in LOCKING:
+            connection = stack.enter_context(engine.connect())
+            lock(connection, name)
         elif engine.dialect.name != "sqlite":
-            print(f"{engine.dialect.name} has no lock for this: the lock of this host's deployment has to do")
-        code = subprocess.run(command, check=False).returncode
-    with suppress(Exception), engine.connect() as connection:
-        if version := schema(connection):
-            print(f"uwsgi-sqlalchemy schema: {version}")
+            say(f"{engine.dialect.name} has no lock for this: the lock of this host's deployment has to do")
+        code = subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
+        if engine is not None:
+            with suppress(Exception):  # another tool, or no table yet: nothing to tell
+                print(f"uwsgi-sqlalchemy schema: {schema(connection or stack.enter_context(engine.connect()))}")
     return code
 
 
