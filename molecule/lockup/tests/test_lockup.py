@@ -19,7 +19,7 @@ testinfra_hosts = hosts.urls("web")
 BARE = {"settings": {"PRE_PING": "no"}}
 FEWER = {"count": 1500, "connections": 64}
 CASES: dict[str, dict[str, Any]] = {
-    "psycopg": {"driver": "postgresql+psycopg", **BARE},
+    "psycopg over TLS": {"driver": "postgresql+psycopg", "url_query": "?sslmode=require", **BARE},
     "psycopg2": {"driver": "postgresql+psycopg2", **BARE},
     "PyMySQL": {"driver": "mysql+pymysql", **BARE},
     "psycopg, asyncio": {"driver": "postgresql+psycopg_async", **BARE},
@@ -31,7 +31,6 @@ CASES: dict[str, dict[str, Any]] = {
         "settings": {"PRE_PING": "no", "AUTOCOMMIT": "yes"},
         "safe": FEWER,
     },
-    "psycopg over TLS": {"driver": "postgresql+psycopg", "url_query": "?sslmode=require", **BARE, "safe": FEWER},
     "psycopg, 4 threads, recycled": {
         "driver": "postgresql+psycopg",
         "threads": 4,

@@ -11,8 +11,8 @@ from testkit import hosts
 from testkit.apps import Deployed
 
 APPS = ("single", "double")
-# What the story is told of: two applications are what two processors can reload at once while they serve, too.
-UNDER_TRAFFIC = {"debian12": "double", "debian13": "single"}
+# Where one application of a host will do.
+ONE = {"debian12": "double", "debian13": "single"}
 BUILT_BY_THE_ROLE = {"v1", "v2"}
 
 # The role builds v1 and v2. Every other variant differs from v1 by a few lines, so its release is a copy of the one
@@ -51,11 +51,17 @@ def applications() -> list[Deployed]:
     return every
 
 
-@pytest.fixture(scope="session")
-def under_traffic(applications: list[Deployed]) -> list[Deployed]:
-    return [app for app in applications if UNDER_TRAFFIC[str(app.host.backend.hostname)] == app.name]
+@pytest.fixture(params=APPS)
+def app(request: pytest.FixtureRequest, host: Host, applications: list[Deployed]) -> Deployed:
+    name = host.backend.hostname
+    return next(app for app in applications if (app.host.backend.hostname, app.name) == (name, request.param))
 
 
 @pytest.fixture
-def app(host: Host, under_traffic: list[Deployed]) -> Deployed:
-    return next(app for app in under_traffic if app.host.backend.hostname == host.backend.hostname)
+def one(host: Host, ones: list[Deployed]) -> Deployed:
+    return next(app for app in ones if app.host.backend.hostname == host.backend.hostname)
+
+
+@pytest.fixture(scope="session")
+def ones(applications: list[Deployed]) -> list[Deployed]:
+    return [app for app in applications if ONE[str(app.host.backend.hostname)] == app.name]

@@ -19,11 +19,11 @@ def busy(applications: list[Deployed]) -> Deployed:
     return next(app for app in applications if (app.host.backend.hostname, app.name) == (OLD, "double"))
 
 
-def reloaded(app: Deployed) -> Report:
-    """Reload twice under such traffic and return what it saw."""
+def reloaded(app: Deployed, times: int) -> Report:
+    """Reload under such traffic and return what it saw."""
     url = f"http://{hosts.address(OLD)}"
     with Traffic(url, connections=16, path="/busy/{value}", host_header=f"{app.name}.test", timeout=40) as traffic:
-        for _ in range(2):
+        for _ in range(times):
             program(app, "reload")
     return traffic.report()
 
@@ -36,7 +36,7 @@ def edit(app: Deployed, expression: str) -> None:
 
 def test_no_request_of_a_busy_thread_is_lost(busy: Deployed) -> None:
     began = busy.host.check_output("date +%s")
-    report = reloaded(busy)
+    report = reloaded(busy, 2)
     assert report.ok, report.summary()
     assert len(report.pids) >= 8
     # Nobody had to be killed.
@@ -46,7 +46,7 @@ def test_no_request_of_a_busy_thread_is_lost(busy: Deployed) -> None:
 def test_without_it_requests_would_hang_until_their_worker_is_killed(busy: Deployed) -> None:
     edit(busy, "s/^import = uwsgi_sqlalchemy_threads/#&/")
     try:
-        report = reloaded(busy)
+        report = reloaded(busy, 1)
     finally:
         edit(busy, "s/^#import = uwsgi_sqlalchemy_threads/import = uwsgi_sqlalchemy_threads/")
     assert report.bad, report.summary()

@@ -35,12 +35,13 @@ class Told:
     """The story, when it is over."""
 
     story: Story
+    ones: list[Deployed]  # one application of each host, for the plays, which take their time
     names: dict[tuple[str, str], dict[str, str]]  # by host and application, the ids of the releases by their variant
     cuts: list[str] = field(default_factory=list)
     second: dict[tuple[str, str], Ran] = field(default_factory=dict)  # the deploy that came while another ran
 
     def __post_init__(self) -> None:
-        self.apps = {str(app.host.backend.hostname): [app.name] for app in self.story.applications}
+        self.apps = {str(app.host.backend.hostname): [app.name] for app in self.ones}
         self.unchanged = Play(variant="v2", apps=self.apps)
 
 
@@ -103,14 +104,14 @@ def repaired(app: Deployed) -> Ran:
 def deploy_good_and_broken_releases(told: Told) -> None:
     do = told.story.step
     do("v1 serves", lambda app: command(app, "sleep 2"))
-    do("deploy v2", Play(variant="v2", apps=told.apps))
-    do("deploy v2 once more", told.unchanged)
+    do("deploy v2", Play(variant="v2"))
+    do("deploy v2 once more", told.unchanged, to=told.ones)
     for variant in (*REFUSED, "broken-live"):
         do(f"deploy {variant}", partial(activate, version=variant))
     do("deploy broken-live once more", partial(activate, version="broken-live"))
     do("roll back", lambda app: program(app, "rollback"))
     do("roll back once more", lambda app: program(app, "rollback"))
-    do("change the configuration", Play(setting="two", apps=told.apps))
+    do("change the configuration", Play(setting="two", apps=told.apps), to=told.ones)
     do("deploy silent-health", impatient)
     do("retry broken-live, repaired", repaired)
     do("roll back from it", lambda app: program(app, "rollback"))
@@ -134,13 +135,16 @@ def cut_deploys_short(told: Told) -> None:
     numbered = list(enumerate(told.cuts, start=1))
     configure = told.cuts.index("configure") + 1
 
-    new, old = "v4", "v3"
-    for number, name in numbered:
-        do(f"deploy cut before {name}", partial(cut, number=number, variant=new))
-        # Until then nothing has been touched, which the tests see, and the next cut is the deploy that comes after.
-        if number > configure:
-            do(f"deploy again after {name}", partial(activate, version=new))
-            new, old = old, new
+    # Every step is cut on both platforms and with one thread and two, though not in all four combinations.
+    others = [app for app in told.story.applications if app not in told.ones]
+    for apps, mine in ((told.ones, numbered[0::2]), (others, numbered[1::2])):
+        new, old = "v4", "v3"
+        for number, name in mine:
+            do(f"deploy cut before {name}", partial(cut, number=number, variant=new), to=apps)
+            # Until then nothing has been touched, which the tests see; the next cut is the deploy that comes after.
+            if number > configure:
+                do(f"deploy again after {name}", partial(activate, version=new), to=apps)
+                new, old = old, new
 
     def two_at_once(app: Deployed) -> Ran:
         first: list[Ran] = []
@@ -159,7 +163,8 @@ def cut_deploys_short(told: Told) -> None:
         # The link is the new release's and the workers are the old one's when the power goes.
         ran = cut(app, told.cuts.index("renew") + 1, "v3")
         every.wait(300)
-        hosts.power_cut(app.host.backend.hostname)
+        if app in told.ones:
+            hosts.power_cut(app.host.backend.hostname)
         every.wait(300)
         return ran
 
@@ -183,16 +188,16 @@ CHAPTERS = (deploy_good_and_broken_releases, disturb_the_service, cut_deploys_sh
 
 
 @pytest.fixture(scope="module")
-def told(under_traffic: list[Deployed]) -> Told:
+def told(applications: list[Deployed], ones: list[Deployed]) -> Told:
     # A page that needs a module for the first time: what is mixed in a worker shows in its answers at once.
-    story = Story(under_traffic, path="/late/{value}")
-    told = Told(story, {})
+    story = Story(applications, path="/late/{value}")
+    told = Told(story, ones, {})
     try:
         with story:
             for chapter in CHAPTERS:
                 chapter(told)
     finally:
-        told.names = dict(zip(map(Story.key, under_traffic), story.everywhere(versions), strict=True))
+        told.names = dict(zip(map(Story.key, applications), story.everywhere(versions), strict=True))
         record(told)
     return told
 
@@ -204,7 +209,7 @@ def record(told: Told) -> None:
         Story.key(app)[0]: app.host.check_output(
             "{ . /etc/os-release; echo $PRETTY_NAME; uwsgi --version; python3 --version; nginx -v 2>&1; }"
         ).splitlines()
-        for app in told.story.applications
+        for app in told.ones
     }
     names = [{"host": host, "app": app, "releases": found} for (host, app), found in told.names.items()]
     told.story.save(
@@ -267,8 +272,8 @@ def test_deploy_and_rollback_replace_one_worker_after_the_other(
     }
 
 
-def test_unchanged_deploy_changes_nothing(told: Told, seen: Callable[[str], Seen]) -> None:
-    it = seen("deploy v2 once more")
+def test_unchanged_deploy_changes_nothing(told: Told, one: Deployed) -> None:
+    it = told.story.seen("deploy v2 once more", *Story.key(one))
     assert told.unchanged.played is not None
     assert it.ran.code == 0, told.unchanged.played.output[-3000:]
     counts = told.unchanged.played.counts[it.host]
@@ -368,13 +373,13 @@ def test_second_rollback_does_not_bounce(seen: Callable[[str], Seen]) -> None:
     assert it.after.workers == it.before.workers
 
 
-def test_changed_configuration_restarts_the_service(seen: Callable[[str], Seen], app: Deployed) -> None:
-    it = seen("change the configuration")
+def test_changed_configuration_restarts_the_service(told: Told, one: Deployed) -> None:
+    it = told.story.seen("change the configuration", *Story.key(one))
     assert it.ran.code == 0
     assert (it.after.journal["how"], it.after.journal["result"]) == ("restart", "ok")
     assert it.after.current == it.before.current
     assert it.before.workers.keys().isdisjoint(it.after.workers)
-    assert 'SETTING="two"' in app.host.file(f"/etc/{app.unit}/environment").content_string
+    assert 'SETTING="two"' in one.host.file(f"/etc/{one.unit}/environment").content_string
 
 
 def test_killed_worker_loses_its_own_requests_alone(seen: Callable[[str], Seen], app: Deployed) -> None:
@@ -398,7 +403,7 @@ def test_deploy_cut_at_any_step_leaves_a_whole_release_and_the_next_one_finishes
     assert {"prove", "rehearse", "migrate", "keep", "switch", "renew", "confirm", "finish"} <= set(told.cuts)
     mine = [step.step for step in told.story.steps if (step.host, step.app) == Story.key(app)]
     cuts = [(number, name) for number, name in enumerate(told.cuts) if f"deploy cut before {name}" in mine]
-    assert len(cuts) == len(told.cuts)
+    assert len(cuts) >= len(told.cuts) // 2
     for number, name in cuts:
         it = seen(f"deploy cut before {name}")
         assert it.ran.code not in range(8), f"before {name} it was not killed: {it.ran}"

@@ -10,19 +10,19 @@ def kept(app: Deployed) -> set[str]:
     return set(versions(app).values())
 
 
-def test_prune_keeps_what_is_current_previous_or_running(app: Deployed) -> None:
-    ids = versions(app)
+def test_prune_keeps_what_is_current_previous_or_running(one: Deployed) -> None:
+    ids = versions(one)
     for version in ("v1", "v3", "v4"):
-        assert activate(app, version).code == 0
-    assert len(kept(app)) > 8
+        assert activate(one, version).code == 0
+    assert len(kept(one)) > 8
     # Workers run v4 and `current` is v3, before which v1 was good: whoever moved the link, what runs must stay.
-    app.host.check_output("ln -sfn releases/%s /srv/%s/current", ids["v3"], app.unit)
+    one.host.check_output("ln -sfn releases/%s /srv/%s/current", ids["v3"], one.unit)
     for place in ("", "wanted/"):
-        app.host.check_output("sed -i '/\"keep_releases\"/s/50/2/' /etc/%s/%ssettings.json", app.unit, place)
-    ran = program(app, "prune")
+        one.host.check_output("sed -i '/\"keep_releases\"/s/50/2/' /etc/%s/%ssettings.json", one.unit, place)
+    ran = program(one, "prune")
     assert ran.code == 0, ran.said
-    assert kept(app) == {ids["v1"], ids["v3"], ids["v4"]}
-    assert set(look(app).workers.values()) == {ids["v4"]}
-    command(app, "ln -sfn releases/%s /srv/%s/current", ids["v4"], app.unit)
-    assert program(app, "prune").code == 0
-    assert kept(app) == {ids["v3"], ids["v4"]}
+    assert kept(one) == {ids["v1"], ids["v3"], ids["v4"]}
+    assert set(look(one).workers.values()) == {ids["v4"]}
+    command(one, "ln -sfn releases/%s /srv/%s/current", ids["v4"], one.unit)
+    assert program(one, "prune").code == 0
+    assert kept(one) == {ids["v3"], ids["v4"]}
