@@ -418,7 +418,10 @@ def test_with_names_the_site_answers_to_them_alone() -> None:
 
 def test_requests_go_to_the_socket_that_systemd_holds() -> None:
     listening = dict(options(render(SOCKET)))["ListenStream"]
-    assert f"        uwsgi_pass unix:{listening};" in render(SITE).splitlines()
+    upstream, servers = re.findall(r"^upstream (\S+) {\n((?:    server .*;\n)+)}", render(SITE), re.M)[0]
+    # A second server is what makes Nginx ask again, and one that failed must not be left out: there is no other.
+    assert servers == f"    server unix:{listening} max_fails=0;\n" * 2
+    assert f"        uwsgi_pass {upstream};" in render(SITE).splitlines()
 
 
 @pytest.mark.parametrize("harakiri", [1, 60, 600])

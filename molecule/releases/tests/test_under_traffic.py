@@ -219,7 +219,7 @@ def record(told: Told) -> None:
 
 def keeps_all(step: str) -> bool:
     """Whether the design promises that a step loses no request."""
-    return step not in {"kill a worker", "kill the master", "deploy and power cut"} and not step.startswith("control")
+    return step not in {"kill the master", "deploy and power cut"} and not step.startswith("control")
 
 
 @pytest.fixture
@@ -382,9 +382,8 @@ def test_changed_configuration_restarts_the_service(told: Told, one: Deployed) -
     assert 'SETTING="two"' in one.host.file(f"/etc/{one.unit}/environment").content_string
 
 
-def test_killed_worker_loses_its_own_requests_alone(seen: Callable[[str], Seen], app: Deployed) -> None:
+def test_killed_worker_is_replaced(seen: Callable[[str], Seen]) -> None:
     it = seen("kill a worker")
-    assert len(it.traffic.bad) <= {"single": 1, "double": 2}[app.name], it.traffic.summary()
     assert len(it.before.workers.keys() & it.after.workers.keys()) == 3
     assert len(it.after.workers) == 4
 
