@@ -59,7 +59,7 @@ def watched(laboratory: Laboratory, driver: str, event: str) -> dict[str, Away]:
         one.mark("away")
     happen(laboratory.database, driver, event)
     back = [one.mark("back") for one in traffic]
-    time.sleep(RETURN + 2)
+    time.sleep(RETURN + 4)
     for one in traffic:
         one.stop()
     after = everywhere(laboratory.apps, lambda app: app.pids())
