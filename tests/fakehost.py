@@ -18,11 +18,13 @@ import io
 import json
 import os
 import re
+import select
 import socket
 import stat
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -124,10 +126,11 @@ class Release:
 
 @dataclass
 class Worker:
-    """A worker: a process in the folder of its release."""
+    """A worker: a process in the folder of its release; until when (on the monotonic clock) it imports that."""
 
     process: subprocess.Popen[bytes]
     release: str
+    imports_until: float = 0.0
 
 
 @dataclass
@@ -189,6 +192,7 @@ class FakeHost:
         self.requests: list[dict[str, str]] = []
         self.said = ""  # the service's journal
         self.migrated = ""  # what a migration says
+        self.pause = 0.0  # seconds between two workers that a chain replaces
         self.dismissed: list[str] = []  # commands that waited and were never told to go
         self.nginx: str | None = None  # the site that Nginx has loaded
         self.nginx_warns = ""  # of its configuration
@@ -409,11 +413,6 @@ class FakeHost:
 
     def stop_service(self) -> None:
         """Stop the master and its workers."""
-        for worker in self.workers:
-            worker.process.kill()
-            worker.process.wait()
-        self.workers = []
-        self.stop_listening("stats")
         fifo = self.root / "run" / self.unit / "master.fifo"
         if self.fifo and self.fifo is not threading.current_thread():
             if self.fifo.is_alive():
@@ -421,6 +420,11 @@ class FakeHost:
                 self.fifo.join()
             self.fifo = None
             fifo.unlink(missing_ok=True)
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.wait()
+        self.workers = []
+        self.stop_listening("stats")
         self.state = "inactive"
 
     def spawn(self, count: int) -> bool:
@@ -439,7 +443,7 @@ class FakeHost:
     def tell_statistics(self, connection: socket.socket) -> bool:
         """Send uWSGI's statistics: a worker counts as accepting when it has imported the application."""
         told = [
-            {"id": number, "pid": worker.process.pid, "accepting": int(self.behaviour[worker.release].ready)}
+            {"id": number, "pid": worker.process.pid, "accepting": int(self.accepts(worker))}
             for number, worker in enumerate(self.workers, 1)
         ]
         connection.sendall(
@@ -447,15 +451,30 @@ class FakeHost:
         )
         return True
 
+    def accepts(self, worker: Worker) -> bool:
+        """Return whether a worker is ready for requests."""
+        return self.behaviour[worker.release].ready and time.monotonic() >= worker.imports_until
+
     def obey(self, fifo: int) -> None:
-        """Obey the commands on the master FIFO: c reloads one worker after the other, r the whole service."""
+        """Obey the commands on the master FIFO: c reloads one worker after the other, r the whole service, q ends.
+
+        As in uWSGI, a chain passes over workers that do not accept requests, waits for each that it has replaced, and
+        no other is begun until it is over.
+        """
         with os.fdopen(fifo, "rb", buffering=0) as commands:
             while (command := commands.read(1)) != b"q":
                 if command == b"r":
                     self.obeyed.append("graceful reload")
                 for old in list(self.workers) if command in b"cr" else []:
+                    if command == b"c" and not self.accepts(old):
+                        continue
                     if not self.spawn(1):
                         return
                     old.process.kill()
                     old.process.wait()
                     self.workers.remove(old)
+                    new, wait = self.workers[-1], self.pause
+                    while command == b"c" and (wait or not self.accepts(new)):
+                        if select.select([commands], [], [], wait or 0.01)[0] and b"q" in commands.read(64):
+                            return
+                        wait = 0.0

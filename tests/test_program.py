@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import math
 import os
 import re
 import socket
@@ -931,6 +932,36 @@ def test_a_reload_renews_every_worker_of_the_same_release(host: FakeHost) -> Non
     lose_fifo(host)
     assert host.call("reload", "shop", "--json").json["action"] == "restart"
     assert serves(host, "r1") and host.main_pid != master
+
+
+def test_a_worker_that_still_imports_is_not_passed_over(host: FakeHost) -> None:
+    host.workers[0].imports_until = time.monotonic() + 0.3
+    pids = host.pids()
+    assert host.call("reload", "shop", "--json").json["action"] == "chain reload"
+    assert serves(host, "r1") and not set(pids) & set(host.pids())
+
+
+@pytest.mark.parametrize("verb", ["reload", "activate"])
+def test_a_worker_that_never_gets_ready_is_not_waited_for(host: FakeHost, verb: str) -> None:
+    host.want(SHORT)
+    assert activate(host, "r1").code == DONE
+    host.workers[0].imports_until = math.inf
+    done = host.call("reload", "shop", "--json") if verb == "reload" else activate(host, "r2")
+    assert done.code == DONE and done.json["action"] == "restart"
+    assert "restart instead: a worker does not get ready for requests" in done.err
+    assert serves(host, "r1" if verb == "reload" else "r2")
+    assert json.loads((host.home / "journal.jsonl").read_text().splitlines()[-1])["how"] == "restart"
+
+
+def test_a_chain_that_runs_already_leaves_no_worker_behind(host: FakeHost) -> None:
+    host.pause = 0.2
+    (host.root / "run/uwsgi-shop/master.fifo").write_bytes(b"c")
+    pids = host.pids()
+    while pids[0] in host.pids():
+        time.sleep(0.01)
+    done = activate(host, "r2")
+    assert done.code == DONE and done.json["action"] == "chain reload"
+    assert serves(host, "r2")
 
 
 def test_the_journal_tells_who_did_what_and_how_it_ended(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:

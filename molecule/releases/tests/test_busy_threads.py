@@ -24,7 +24,8 @@ def reloaded(app: Deployed, times: int) -> Report:
     url = f"http://{hosts.address(OLD)}"
     with Traffic(url, connections=16, path="/busy/{value}", host_header=f"{app.name}.test", timeout=40) as traffic:
         for _ in range(times):
-            program(app, "reload")
+            done = program(app, "reload")
+            assert done.code == 0, done.said
     return traffic.report()
 
 
@@ -46,11 +47,13 @@ def test_no_request_of_a_busy_thread_is_lost(busy: Deployed) -> None:
 def test_without_it_requests_would_hang_until_their_worker_is_killed(busy: Deployed) -> None:
     edit(busy, "s/^import = uwsgi_sqlalchemy_threads/#&/")
     try:
-        report = reloaded(busy, 1)
+        # Whether a worker's main thread computes when the signal comes is chance, for each of four workers.
+        reports = (reloaded(busy, 1) for _ in range(6))
+        report = next((report for report in reports if report.bad), None)
     finally:
         edit(busy, "s/^#import = uwsgi_sqlalchemy_threads/import = uwsgi_sqlalchemy_threads/")
-    assert report.bad, report.summary()
-    assert report.longest_ms > 10_000
+    assert report is not None, "six times nobody hung"
+    assert report.longest_ms > 10_000, report.summary()
 
 
 testinfra_hosts = hosts.urls()[:1]

@@ -744,15 +744,23 @@ class App:
             os.replace(temporary, self.undo)
         write(self.undo / "target", target.encode(), 0o600)
 
-    def renew(self, action: str, release: str) -> None:
-        """Start, restart or chain-reload the service and wait until it serves `release`; else raise Failure."""
+    def renew(self, plan: Plan, release: str) -> None:
+        """Start, restart or reload the service as planned and wait until it serves `release`; else raise Failure.
+
+        Where a worker does not get ready for requests, a chain reload becomes a restart, and the plan says so.
+        """
         since = time.time()
-        if action in RELOADS:
-            self.reload_workers(RELOADS[action], release, since)
-        elif action != "none":
+        step("renew", f"renew the workers: {plan.action}")
+        if plan.action == "chain reload" and not self.all_accept():
+            plan.action = "restart"
+            plan.reasons.append("a worker does not get ready for requests, which a chain reload would wait for")
+            step("instead", f"restart instead: {plan.reasons[-1]}")
+        if plan.action in RELOADS:
+            self.reload_workers(RELOADS[plan.action], release, since)
+        elif plan.action != "none":
             run("systemctl", "daemon-reload")
             units = f"{self.unit}.socket", f"{self.unit}.service"
-            if action == "restart with its socket":
+            if plan.action == "restart with its socket":
                 run("systemctl", "stop", *units)
             run("systemctl", "reset-failed", *units)
             for verb, unit in zip(("start", "restart"), units):
@@ -769,7 +777,7 @@ class App:
         """See that every worker serves `release` and that the application is healthy; return how. Raises Failure."""
         since = time.time()
         deadline = time.monotonic() + float(self.settings["health_timeout"])
-        self.wait_for_workers(release, deadline, [], since)
+        self.wait_for_workers(release, deadline, since)
         healthy, seen = self.health(max(1.0, deadline - time.monotonic()))
         if not healthy:
             raise Failure(PUT_BACK, f"{self.unit} is not healthy: {seen}\n{self.said(since)}".strip())
@@ -779,20 +787,42 @@ class App:
         """Have the master replace its workers and wait until each of them is new. Raises Failure."""
         try:
             old = [worker.pid for worker in self.workers()]
-            fifo = os.open(self.fifo, os.O_WRONLY | os.O_NONBLOCK)
+            self.tell_master(command)
         except (OSError, ValueError) as error:
             raise Failure(PUT_BACK, f"uWSGI does not take commands on {self.fifo}: {error}") from error
-        with os.fdopen(fifo, "wb", buffering=0) as stream:
-            stream.write(command)
         # In a chain each worker in turn finishes its request, imports the application and accepts before the next goes.
         limit = float(self.settings["health_timeout"]) + self.settings["processes"] * float(self.settings["harakiri"])
-        self.wait_for_workers(release, time.monotonic() + limit, old, since)
+        # uWSGI takes no second chain while one runs, which may have been at some workers before `release` was current.
+        again = command if command == RELOADS["chain reload"] else b""
+        self.wait_for_workers(release, time.monotonic() + limit, since, old, again)
 
-    def wait_for_workers(self, release: str, deadline: float, old: list[int], since: float) -> None:
+    def tell_master(self, command: bytes) -> None:
+        """Give uWSGI's master a command. Raises OSError when it does not take any."""
+        with open(os.open(self.fifo, os.O_WRONLY | os.O_NONBLOCK), "wb", buffering=0) as stream:
+            stream.write(command)
+
+    def all_accept(self) -> bool:
+        """Wait until all workers accept requests, as long as health may take; return whether they do.
+
+        A chain reload passes over one that does not, as it still imports the application, and leaves it with the old
+        release; or it waits for it without end (uwsgi_master_check_chain in uWSGI's core/master_checks.c).
+        """
+        deadline = time.monotonic() + float(self.settings["health_timeout"])
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, ValueError):
+                if all(worker.accepting for worker in self.workers()):
+                    return True
+            time.sleep(0.03)
+        return False
+
+    def wait_for_workers(
+        self, release: str, deadline: float, since: float, old: Sequence[int] = (), again: bytes = b""
+    ) -> None:
         """Wait until all workers are new, accept requests and run from `release`. Raises Failure at the deadline.
 
         Every question wakes uWSGI's master, which otherwise looks after its workers once a second: asked once a second,
-        it took twice as long to replace four that import for 1.5 s.
+        it took twice as long to replace four that import for 1.5 s. While all accept requests and some are old, it gets
+        the command `again` once a second.
         """
         main, looked = self.unit_state().get("MainPID"), time.monotonic()
         count = int(self.settings["processes"])
@@ -807,6 +837,9 @@ class App:
                 state, looked = self.unit_state(), time.monotonic()
                 if state.get("ActiveState") != "active" or state.get("MainPID") != main:
                     raise Failure(PUT_BACK, f"{self.unit}.service went down:\n{self.said(since)}")
+                if again and seen and all(worker.accepting for worker in seen):
+                    with contextlib.suppress(OSError):  # then it is gone, which is seen next
+                        self.tell_master(again)
             if time.monotonic() > deadline:
                 raise Failure(PUT_BACK, f"only {len(ready)} of {count} workers serve {release}:\n{self.said(since)}")
             time.sleep(0.03)
@@ -820,8 +853,7 @@ class App:
         self.settings = self.read_settings(self.etc)
         step("switch", f"switch from {self.current_release() or 'no release'} to {release}")
         self.point_current_to(release)
-        step("renew", f"renew the workers: {plan.action}")
-        self.renew(plan.action, release)
+        self.renew(plan, release)
         step("confirm", "see that every worker serves it and that it is healthy")
         seen = self.confirm(release)
         # A run that was cut short may have placed the site already; Nginx has not read it before this point.
@@ -861,6 +893,7 @@ class App:
             self.put_back(action, release, failure, more)
         step("finish", "note it, and remove what is no longer needed")
         (self.releases / release / "failed.json").unlink(missing_ok=True)
+        more["how"] = report["action"] = plan.action
         more["seconds"] = report["seconds"] = round(time.monotonic() - began, 1)
         self.note(action, release, "ok", **more)
         shutil.rmtree(self.undo)
@@ -1014,13 +1047,14 @@ class App:
         """Renew all workers of the current release, without a restart where that can be done. Raises Failure."""
         began, release = time.monotonic(), self.current_release()
         self.record(release)
-        action = "restart" if self.running_releases() is None else self.reload_action(Plan())
-        step("renew", f"renew the workers: {action}")
-        self.renew(action, release)
-        report = {"app": self.name, "release": release, "from": release, "changed": True, "action": action, "notes": []}
+        plan = Plan()
+        plan.action = "restart" if self.running_releases() is None else self.reload_action(plan)
+        self.renew(plan, release)
+        report: dict[str, Any] = {"app": self.name, "release": release, "from": release, "changed": True}
+        report.update(action=plan.action, notes=[])
         report.update(health=self.confirm(release), workers=self.settings["processes"])
         report["seconds"] = round(time.monotonic() - began, 1)
-        self.note("reload", release, "ok", how=action, seconds=report["seconds"])
+        self.note("reload", release, "ok", how=plan.action, seconds=report["seconds"])
         return report
 
     def prune(self) -> list[str]:
