@@ -92,7 +92,7 @@ def test_pytest_that_fails_without_a_failed_test_is_a_failure() -> None:
 
 
 def test_each_linter_counts_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(testrun, "run", lambda command, **_variables: command[0] == "mypy")
+    monkeypatch.setattr(testrun, "run", lambda command, _output: command[0] == "mypy")
     assert testrun.lint() == Count(passed=len(testrun.LINTERS) - 1, failed=1)
 
 
