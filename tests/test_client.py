@@ -34,6 +34,7 @@ class Server:
         self.delay = 0.0
         self.asked: list[str] = []
         self.hosts: set[str] = set()
+        self.methods: set[str] = set()
         self.peers: dict[str, list[str]] = {}
         self.fault: Callable[[web.Request, int, str], Awaitable[web.StreamResponse | None]] | None = None
 
@@ -48,6 +49,7 @@ class Server:
         value = request.match_info["value"]
         self.asked.append(value)
         self.hosts.add(request.headers["Host"])
+        self.methods.add(request.method)
         assert request.transport is not None
         self.peers.setdefault(str(request.transport.get_extra_info("peername")), []).append(value)
         number = len(self.asked)
@@ -73,6 +75,7 @@ def serving(server: Server) -> Iterator[Server]:
     async def serve() -> None:
         app = web.Application()
         app.router.add_get("/echo/{value}", server.handle)
+        app.router.add_post("/echo/{value}", server.handle)
         app.router.add_get("/prefix/other/{value}/end", server.handle)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
@@ -136,6 +139,11 @@ def test_two_runs_ask_for_values_of_their_own(server: Server) -> None:
 def test_values_are_quoted_and_numbers_compared_as_text(server: Server) -> None:
     assert ask(server, 4, values=["a/b c", "ü%?x=1#y", 7, "$v+&;"]).ok
     assert set(server.asked) == {"a/b c", "ü%?x=1#y", "7", "$v+&;"}
+
+
+def test_method(server: Server) -> None:
+    assert ask(server, 10, method="POST").ok
+    assert server.methods == {"POST"}
 
 
 def test_path_prefix_and_host_header(server: Server) -> None:

@@ -681,10 +681,12 @@ def test_with_another_configuration_a_release_that_failed_is_another_matter(host
 
 
 def test_workers_that_do_not_get_ready_are_put_back(host: FakeHost) -> None:
-    host.build("r2", ready=False)
     host.want(SHORT)
+    assert activate(host, "r1").code == DONE
+    host.build("r2", ready=False)
     done = activate(host, "r2")
     assert done.code == PUT_BACK and "only 0 of 2 workers serve r2" in done.message
+    assert "restart instead: a worker does not get ready for requests" in done.err
     assert serves(host, "r1") and whole(host)
 
 

@@ -1,4 +1,4 @@
-"""A request that may be repeated is not lost with the worker that is killed while it has it."""
+"""A request is not lost with the worker that is killed while it has it, unless it must not be repeated."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from testkit.releases import command, look
 KILLED = 3
 
 
-def workers_killed(app: Deployed) -> Report:
+def workers_killed(app: Deployed, method: str = "GET") -> Report:
     """Kill workers one after the other while all of them are busy, and return what the traffic saw."""
     url = f"http://{hosts.address(str(app.host.backend.hostname))}"
-    with Traffic(url, connections=16, host_header=f"{app.name}.test", timeout=30) as traffic:
+    with Traffic(url, connections=16, host_header=f"{app.name}.test", method=method, timeout=30) as traffic:
         for _ in range(KILLED):
             done = command(app, "sleep 1; kill -KILL %s; sleep 2", str(min(look(app).workers)))
             assert done.code == 0, done.errors
@@ -32,12 +32,20 @@ def test_no_request_is_lost(one: Deployed) -> None:
     assert len(report.pids) >= 4 + KILLED - 1, "those that were killed have answered, and others in their place"
 
 
+def lost(report: Report) -> bool:
+    """Whether requests were lost with their workers."""
+    return report.first_bad is not None and "502" in report.first_bad.text
+
+
+def test_a_post_is_not_tried_again(one: Deployed) -> None:
+    report = workers_killed(one, "POST")
+    assert lost(report), report.summary()
+
+
 def test_with_the_socket_named_once_requests_are_lost(one: Deployed) -> None:
     edit(one, "sed -i.kept '0,/server unix/{/server unix/d}' $site")
     try:
         report = workers_killed(one)
     finally:
         edit(one, "mv $site.kept $site")
-    assert report.counts["error"] >= 1, report.summary()
-    assert report.first_bad is not None
-    assert "502" in report.first_bad.text
+    assert lost(report), report.summary()

@@ -239,6 +239,7 @@ class Client:
         max_count: requests that the whole run may send.
         path: added to the URL; ``{value}`` stands for the value, quoted.
         host_header: the Host to ask for when one address serves several sites; otherwise the URL's.
+        method: of the requests; they have no body.
         values: what to ask for, all different; by default `distinct_values`.
         think: seconds that a connection waits between an answer and its next request (0 to 1).
 
@@ -253,6 +254,7 @@ class Client:
     max_count: int = 500_000
     path: str = "/echo/{value}"
     host_header: str | None = None
+    method: str = "GET"
     values: Iterable[object] = field(default_factory=distinct_values)
     think: float = 0.0
 
@@ -382,7 +384,7 @@ class Client:
         try:
             async with (
                 asyncio.timeout(self.timeout),
-                session.get(url, headers=self._headers, allow_redirects=False) as response,
+                session.request(self.method, url, headers=self._headers, allow_redirects=False) as response,
             ):
                 body = bytearray()
                 async for chunk in response.content.iter_chunked(MAX_BODY):

@@ -178,10 +178,15 @@ class Plan:
         return bool(self.reasons)
 
 
+def say(text: str) -> None:
+    """Tell the person at the terminal."""
+    print(f"uwsgi-sqlalchemy: {text}", file=sys.stderr, flush=True)
+
+
 def step(name: str, text: str) -> None:
     """Say what is done next. Each step is a place where a run may be cut short; `name` is for the tests of that."""
     del name
-    print(f"uwsgi-sqlalchemy: {text}", file=sys.stderr, flush=True)
+    say(text)
 
 
 class App:
@@ -825,7 +830,7 @@ class App:
         the command `again` once a second.
         """
         main, looked = self.unit_state().get("MainPID"), time.monotonic()
-        count = int(self.settings["processes"])
+        count, told = int(self.settings["processes"]), 0
         while True:
             seen: list[Worker] = []
             with contextlib.suppress(OSError, ValueError):
@@ -833,6 +838,9 @@ class App:
             ready = [w for w in seen if w.accepting and w.release == release and w.pid not in old]
             if len(ready) == count == len(seen):
                 return
+            if told < len(ready):
+                told = len(ready)
+                say(f"{told} of {count} workers serve {release}")
             if not seen or time.monotonic() - looked > 1:
                 state, looked = self.unit_state(), time.monotonic()
                 if state.get("ActiveState") != "active" or state.get("MainPID") != main:
