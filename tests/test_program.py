@@ -955,6 +955,16 @@ def test_a_worker_that_never_gets_ready_is_not_waited_for(host: FakeHost, verb: 
     assert json.loads((host.home / "journal.jsonl").read_text().splitlines()[-1])["how"] == "restart"
 
 
+def test_how_the_service_was_renewed_is_noted_of_a_failure_too(host: FakeHost) -> None:
+    host.want(SHORT)
+    assert activate(host, "r1").code == DONE
+    host.workers[0].imports_until = math.inf
+    host.build("r2", answer="500 x")
+    assert activate(host, "r2").code == PUT_BACK
+    last = json.loads((host.home / "journal.jsonl").read_text().splitlines()[-1])
+    assert (last["result"], last["how"]) == ("put back", "restart")
+
+
 def test_a_chain_that_runs_already_leaves_no_worker_behind(host: FakeHost) -> None:
     host.pause = 0.2
     (host.root / "run/uwsgi-shop/master.fifo").write_bytes(b"c")

@@ -32,14 +32,15 @@ def test_no_request_is_lost(one: Deployed) -> None:
     assert len(report.pids) >= 4 + KILLED - 1, "those that were killed have answered, and others in their place"
 
 
-def lost(report: Report) -> bool:
-    """Whether requests were lost with their workers."""
-    return report.first_bad is not None and "502" in report.first_bad.text
+def assert_lost(report: Report) -> None:
+    """Fail unless requests were lost with their workers."""
+    assert report.counts["error"] >= 1, report.summary()
+    assert report.first_bad is not None
+    assert "502" in report.first_bad.text
 
 
 def test_a_post_is_not_tried_again(one: Deployed) -> None:
-    report = workers_killed(one, "POST")
-    assert lost(report), report.summary()
+    assert_lost(workers_killed(one, "POST"))
 
 
 def test_with_the_socket_named_once_requests_are_lost(one: Deployed) -> None:
@@ -48,4 +49,4 @@ def test_with_the_socket_named_once_requests_are_lost(one: Deployed) -> None:
         report = workers_killed(one)
     finally:
         edit(one, "mv $site.kept $site")
-    assert lost(report), report.summary()
+    assert_lost(report)

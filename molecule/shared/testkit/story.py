@@ -64,11 +64,11 @@ class Seen:
 
     @property
     def right_again(self) -> float:
-        """Return the seconds from the action, when the traffic had settled, until the application served rightly again.
+        """Return the seconds from the beginning of the step until the application served rightly again.
 
         That is after its last bad request, and when the first of the processes that the step brought about answered.
         """
-        ends = [(record, record.start + record.duration - self.began - SETTLE) for record in self.traffic.records]
+        ends = [(record, record.start + record.duration - self.began) for record in self.traffic.records]
         new = self.after.workers.keys() - self.before.workers.keys()
         first = min((end for record, end in ends if record.kind == "right" and record.pid in new), default=0.0)
         return max([first, *(end for record, end in ends if record.kind != "right")])

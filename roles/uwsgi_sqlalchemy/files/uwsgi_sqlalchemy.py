@@ -892,7 +892,10 @@ class App:
         more: dict[str, Any] = {"from": previous, "how": plan.action}
         try:
             self.prepare(release, folder, plan, more, retry=retry, rollback=rollback)
-            seen = self.make_live(plan, release, folder)
+            try:
+                seen = self.make_live(plan, release, folder)
+            finally:
+                more["how"] = report["action"] = plan.action  # it may have become a restart
         except (Failure, OSError) as error:
             failure = error if isinstance(error, Failure) else Failure(PUT_BACK, str(error))
             if not self.undo.is_dir():
@@ -901,7 +904,6 @@ class App:
             self.put_back(action, release, failure, more)
         step("finish", "note it, and remove what is no longer needed")
         (self.releases / release / "failed.json").unlink(missing_ok=True)
-        more["how"] = report["action"] = plan.action
         more["seconds"] = report["seconds"] = round(time.monotonic() - began, 1)
         self.note(action, release, "ok", **more)
         shutil.rmtree(self.undo)
